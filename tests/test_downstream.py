@@ -1,0 +1,229 @@
+"""Metrics, probes, samplers and files of the downstream room."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import linregress
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+
+from weightspace.config import AutoencoderConfig, FinetuneConfig, LossConfig, PretrainConfig
+from weightspace.downstream import metrics
+from weightspace.downstream.baselines import fit_pca
+from weightspace.downstream.finetune import SCRATCH, finetune
+from weightspace.downstream.generate import choose_anchors, kde, load_network, load_networks, save_networks
+from weightspace.downstream.probe import ridge_probe, weight_statistics
+from weightspace.downstream.reconstruct import compare, summarize
+from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
+from weightspace.networks import behavior
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import UserError
+from weightspace.tasks.images import load_task
+from weightspace.tokens.normalize import standardize
+from weightspace.tokens.tokenizer import Tokenizer
+from weightspace.zoo.model_zoo import ModelZoo
+from weightspace.zoo.population import Recipe, train
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def representation(tiny_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> HyperRepresentation:
+    config = PretrainConfig(epochs=(1, 2), steps=4, batch_size=4, validate_every=2)
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, components=2)
+    folder = tmp_path_factory.mktemp("representation")
+    return pretrain(tiny_zoo, folder, config, LossConfig(queries=16), size, 0, torch.device("cpu"))
+
+
+# metrics, each against a plain loop or a library
+
+
+def test_floor_is_the_mean_agreement_with_the_others() -> None:
+    predictions = torch.randint(3, (5, 40), generator=torch.Generator().manual_seed(0))
+    found = metrics.floor(predictions, 3)
+    for i in range(5):
+        pairs = [float((predictions[i] == predictions[j]).float().mean()) for j in range(5) if j != i]
+        assert float(found[i]) == pytest.approx(np.mean(pairs), rel=1e-6)
+    disagreement = [float((a != b).float().mean()) for a, b in itertools.combinations(predictions, 2)]
+    pairs = 1 - metrics.pairwise_agreement(predictions, 3).double().numpy()
+    assert metrics.pair_mean(pairs, np.ones(5)) == pytest.approx(np.mean(disagreement), rel=1e-5)
+    twice = metrics.pair_mean(pairs, np.array([2.0, 1, 1, 1, 0]))  # network 0 twice, network 4 left out
+    weights = {(0, 1): 2, (0, 2): 2, (0, 3): 2, (1, 2): 1, (1, 3): 1, (2, 3): 1}
+    expected = sum(weight * pairs[pair] for pair, weight in weights.items()) / sum(weights.values())
+    assert twice == pytest.approx(expected)
+
+
+def test_identity_needs_the_own_original_to_be_nearest() -> None:
+    logits = torch.randn(6, 10, 4, generator=torch.Generator().manual_seed(0))
+    own = logits.softmax(-1)
+    assert metrics.identified(own, own).all()
+    assert metrics.identified(own.roll(1, 0), own).sum() == 0
+    assert metrics.identified(0.9 * own + 0.1 * own.roll(1, 0), own).all()
+
+
+def test_skill_is_zero_at_the_floor_and_one_at_full_agreement() -> None:
+    floor, count = 0.8 * 5, 5.0
+    assert metrics.skill(np.array([floor, floor, count])) == pytest.approx(0)
+    assert metrics.skill(np.array([count, floor, count])) == pytest.approx(1)
+    assert metrics.skill(np.array([4.5, floor, count])) == pytest.approx(0.5)
+
+
+def test_slope_and_pearson_agree_with_scipy() -> None:
+    x = RNG.random(50)
+    y = 0.7 * x + 0.1 * RNG.random(50)
+    sums = metrics.moments(x, y).sum(0)
+    expected = linregress(x, y)
+    assert metrics.slope(sums) == pytest.approx(expected.slope)
+    assert metrics.pearson(sums) == pytest.approx(expected.rvalue)
+
+
+def test_interval_draws_members_not_rows() -> None:
+    members = np.repeat(np.arange(20), 5)
+    values = np.repeat(RNG.normal(size=20), 5)  # five equal rows per member carry no more than one
+    many = metrics.summarize("s", "r", "test", "m", metrics.mean_of(values), members)
+    few = metrics.summarize("s", "r", "test", "m", metrics.mean_of(values[::5]), members[::5])
+    keys = ("mean", "low", "high")
+    assert [many[key] for key in keys] == pytest.approx([few[key] for key in keys])
+    assert many["n"] == 20
+    deviation = values[::5].std() / np.sqrt(20)
+    assert many["high"] - many["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.2)
+    naive = metrics.summarize("s", "r", "test", "m", metrics.mean_of(values), np.arange(100))
+    assert naive["high"] - naive["low"] < many["high"] - many["low"]
+
+
+def test_novelty_ignores_the_own_member() -> None:
+    flat = torch.tensor([[0.0], [0.1], [1.0], [1.1]])
+    assert metrics.typical_nearest_distance(flat, np.array([0, 0, 1, 1])) == pytest.approx(0.9)
+    assert metrics.nearest_distance(torch.tensor([[0.3]]), flat).item() == pytest.approx(0.2)
+
+
+# reconstruction
+
+
+def test_perfect_reconstruction_scores_perfectly(tiny_zoo: ModelZoo) -> None:
+    task = load_task("digits")
+    originals = tiny_zoo.select(split=["test", "val"], epoch=2)
+    tokenizer = Tokenizer(originals.architecture)
+    normalizer = standardize(tokenizer, tokenizer.tokenize(originals.weights).x)
+
+    def tokens(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return normalizer.normalize(tokenizer.tokenize(weights).x)
+
+    records = {r["metric"]: r["mean"] for r in summarize(compare(originals, originals, task, tokens), "r", "test")}
+    for name in ("agreement", "skill", "identity", "agreement on errors", "structural R2", "accuracy fidelity: slope"):
+        assert records[name] == pytest.approx(1), name
+    assert records["weight distance"] == 0
+    mean = {name: w.mean(0, keepdim=True).expand_as(w) for name, w in originals.weights.items()}
+    collapsed = Checkpoints(originals.architecture, mean, originals.frame)
+    found = {r["metric"]: r["mean"] for r in summarize(compare(originals, collapsed, task, tokens), "r", "test")}
+    assert found["structural R2"] == pytest.approx(0, abs=1e-5)
+    assert found["identity"] == pytest.approx(1 / len(originals))  # one network for all is nearest to one of them
+    assert found["reconstructed accuracy"] != records["reconstructed accuracy"]
+
+
+def test_pca_equals_sklearn() -> None:
+    x = RNG.normal(size=(30, 12)).astype(np.float32)
+    ours = fit_pca(torch.from_numpy(x), 5)
+    theirs = PCA(5).fit(x)
+    back = ours.decode(ours.encode(torch.from_numpy(x))).numpy()
+    np.testing.assert_allclose(back, theirs.inverse_transform(theirs.transform(x)), atol=1e-4)
+    assert len(fit_pca(torch.from_numpy(x), 100).components) == 12
+    assert len(fit_pca(torch.from_numpy(x[:4]), 100).components) == 3
+
+
+# probes
+
+
+def test_ridge_probe_chooses_its_penalty_on_validation() -> None:
+    x = {split: RNG.normal(size=(n, 5)) for split, n in {"train": 60, "val": 40, "test": 50}.items()}
+    weight = RNG.normal(size=5)
+    y = {split: values @ weight for split, values in x.items()}
+    predicted = ridge_probe(x, y, (1e-6, 10.0))
+    assert r2_score(y["test"], predicted["test"]) > 0.999
+    mean, std = x["train"].mean(0), x["train"].std(0)
+    alone = Ridge(10.0 * 60).fit((x["train"] - mean) / std, y["train"])
+    np.testing.assert_allclose(ridge_probe(x, y, (10.0,))["test"], alone.predict((x["test"] - mean) / std), rtol=1e-6)
+
+
+def test_weight_statistics_by_hand(tiny_zoo: ModelZoo) -> None:
+    checkpoints = tiny_zoo.select(split="test", epoch=2)
+    found = weight_statistics(checkpoints)
+    assert found.shape == (len(checkpoints), 7 * len(checkpoints.weights))
+    first = checkpoints.weights["conv1.weight"][1].flatten().double().numpy()
+    expected = [first.mean(), first.std(), *np.quantile(first, [0, 0.25, 0.5, 0.75, 1])]
+    np.testing.assert_allclose(found[1, :7], expected)
+
+
+# generation
+
+
+def test_kde_has_the_density_of_scipys() -> None:
+    z = torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 3)
+    anchors = Embeddings(z, pd.DataFrame(index=range(40)))
+    drawn = kde(0.5)(anchors, 20_000, torch.Generator().manual_seed(1)).flatten(1).numpy()
+    flat = z.flatten(1).numpy()
+    covariance = np.cov(flat.T, bias=True) + 0.25 * np.cov(flat.T)  # of the anchors plus of the kernel
+    np.testing.assert_allclose(drawn.mean(0), flat.mean(0), atol=0.1)
+    np.testing.assert_allclose(np.cov(drawn.T), covariance, atol=0.12 * np.abs(covariance).max())
+    twice = [kde(0.5)(anchors, 5, torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_kde_without_bandwidth_gives_the_anchors_back(representation: HyperRepresentation, tiny_zoo: ModelZoo) -> None:
+    anchors = tiny_zoo.select(split="train", epoch=2)
+    made = representation.generate(5, kde(0.0), anchors, seed=3)
+    expected = representation.reconstruct(anchors).flat()
+    assert torch.cdist(made.flat(), expected).min(1).values.max() < 1e-4
+
+
+def test_anchors_are_the_best_by_validation_one_per_member(tiny_zoo: ModelZoo) -> None:
+    anchors = choose_anchors(tiny_zoo, (1, 2), 4).frame
+    frame = tiny_zoo.frame[(tiny_zoo.frame["split"] == "train") & tiny_zoo.frame["epoch"].isin([1, 2])]
+    best = frame.groupby("member")["val_acc"].max().nlargest(4)
+    assert sorted(anchors["val_acc"]) == sorted(best)
+    assert anchors["member"].is_unique
+
+
+def test_generated_networks_come_back_as_modules(
+    representation: HyperRepresentation, tiny_zoo: ModelZoo, tmp_path: Path
+) -> None:
+    made = representation.generate(3, kde(0.1), tiny_zoo.select(split="train", epoch=2))
+    table = pd.DataFrame({"representation": ["r"] * 3, "network": range(3), "test_acc": [0.1, 0.2, 0.3]})
+    save_networks(tmp_path, "r", made, "digits", table)
+    again = load_networks(tmp_path / "r.safetensors")
+    assert torch.equal(again.flat(), made.flat())
+    assert again.frame["test_acc"].tolist() == [0.1, 0.2, 0.3]
+    images = load_task("digits").test.images[:7]
+    network = load_network(tmp_path / "r.json", 1)
+    assert isinstance(network, torch.nn.Module)
+    torch.testing.assert_close(network(images), behavior.outputs(made, images).logits[1], rtol=1e-4, atol=1e-4)
+    (tmp_path / "r.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_networks(tmp_path / "r")
+
+
+# fine-tuning
+
+
+def test_finetuning_is_population_training(tiny_zoo: ModelZoo) -> None:
+    task = load_task("digits")
+    networks = tiny_zoo.select(split="test", epoch=1)
+    config = FinetuneConfig(networks=2, epochs=(0, 1))
+    records, curves = finetune({"r": networks}, task, config, seed=0)
+    assert set(curves["representation"]) == {"r", SCRATCH}
+    at_zero = curves[(curves["representation"] == "r") & (curves["epoch"] == 0)]["test_acc"].to_numpy()
+    np.testing.assert_allclose(at_zero, networks.frame["test_acc"][:2], atol=0.005)
+    ones = Recipe(torch.full((2,), 1e-3), torch.zeros(2), (0, 1))
+    *_, (epoch, _) = train(networks.architecture, networks.rows(slice(0, 2)).weights, task, ones, 1, 1)
+    assert epoch == 1
+    metric = {(r["representation"], r["metric"]): r["mean"] for r in records}
+    assert metric["r", "accuracy after 1 epochs"] > metric["r", "accuracy after 0 epochs"]
+    assert metric["r", "accuracy after 0 epochs"] == pytest.approx(at_zero.mean())

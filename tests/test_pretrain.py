@@ -1,0 +1,192 @@
+"""The training loop and the representation it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig
+from weightspace.hyperrep import pretrain as module
+from weightspace.hyperrep.pretrain import METRICS_FILE, STATE_FILE, learning_rate, pretrain, training_checkpoints
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.runs import RunFailed, UserError, read_lines
+from weightspace.zoo.model_zoo import ModelZoo
+
+CPU = torch.device("cpu")
+SMALL = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=6, components=2)
+BUDGET = PretrainConfig(epochs=(1, 2), steps=12, batch_size=4, validate_every=4)
+LOSS = LossConfig(queries=16, distance="kl")
+
+
+def train(zoo: ModelZoo, folder: Path, loss: LossConfig = LOSS, config: PretrainConfig = BUDGET) -> HyperRepresentation:
+    folder.mkdir(parents=True, exist_ok=True)
+    return pretrain(zoo, folder, config, loss, SMALL, 0, CPU)
+
+
+def state(representation: HyperRepresentation) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in representation.autoencoder.state_dict().values()])
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_zoo, tmp_path / "whole")
+    steps = 0
+    original = module.step_losses
+
+    def dies(*arguments: object, **more: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 9:  # after the state of step 4, between two saves
+            raise KeyboardInterrupt
+        return original(*arguments, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "step_losses", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_zoo, tmp_path / "parts")
+    assert (tmp_path / "parts" / STATE_FILE).exists()
+    resumed = train(tiny_zoo, tmp_path / "parts")
+    assert torch.equal(state(whole), state(resumed))
+    for name in (METRICS_FILE, "last.safetensors", "model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert not (tmp_path / "parts" / STATE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LOSS,
+        dataclasses.replace(LOSS, beta=1.0),
+        dataclasses.replace(LOSS, distance="logits", query_set="noise"),
+        dataclasses.replace(LOSS, distance="probabilities", query_set="union", gamma=0.0),
+        dataclasses.replace(LOSS, cycle=0.1, permute="all"),
+        dataclasses.replace(LOSS, beta=((0.5, 1.0), (0.5, 0.1)), permute="none"),
+    ],
+    ids=["default", "structure", "logits-noise", "probabilities-union", "cycle-permute", "warmup"],
+)
+def test_every_loss_trains(tiny_zoo: ModelZoo, tmp_path: Path, loss: LossConfig) -> None:
+    train(tiny_zoo, tmp_path, loss)
+    records = read_lines(tmp_path / METRICS_FILE)
+    assert [record["step"] for record in records] == [4, 8, 12]
+    terms = {"contrastive": loss.gamma != 0, "behavioral": loss.beta != 1.0, "cycle": loss.cycle != 0}
+    for name, used in terms.items():
+        assert (name in records[-1]["val"]) == used
+    if isinstance(loss.beta, tuple):
+        assert "behavioral" not in records[0]["train"]  # not computed while its weight is zero
+
+
+def test_training_lowers_the_validation_loss(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    config = dataclasses.replace(BUDGET, steps=60, validate_every=20)
+    train(tiny_zoo, tmp_path, config=config)
+    totals = [record["val"]["total"] for record in read_lines(tmp_path / METRICS_FILE)]
+    assert totals[-1] < totals[0]
+
+
+def test_the_best_state_is_the_one_kept(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    made = train(tiny_zoo, tmp_path)
+    records = read_lines(tmp_path / METRICS_FILE)
+    best = min(records, key=lambda record: record["val"]["total"])
+    assert made.info["step"] == best["step"]
+    assert made.info["validation"] == best["val"]
+
+
+def test_representation_survives_its_folder(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    made = train(tiny_zoo, tmp_path)
+    loaded = HyperRepresentation.load(tmp_path)
+    checkpoints = tiny_zoo.select(split="test")
+    assert torch.equal(made.embed(checkpoints).z, loaded.embed(checkpoints).z)
+    assert loaded.fingerprint == made.fingerprint
+    assert loaded.pretrain_config == BUDGET
+    assert loaded.info["loss"] == json.loads(json.dumps(dataclasses.asdict(LOSS)))
+    assert "```python" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["scales"]["behavioral"] > 0
+
+
+def test_raw_weights_can_be_used(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    made = train(tiny_zoo, tmp_path, config=dataclasses.replace(BUDGET, normalize="none"))
+    assert made.normalizer.std.eq(1).all()
+
+
+def test_non_finite_loss_stops_with_step_and_members(
+    tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.step_losses
+
+    def broken(*arguments: object, **more: object) -> dict[str, torch.Tensor]:
+        found = original(*arguments, **more)  # type: ignore[arg-type]
+        return {**found, "total": found["total"] * float("nan")}
+
+    monkeypatch.setattr(module, "step_losses", broken)
+    with pytest.raises(RunFailed, match=r"not finite at step 0 .* members \["):
+        train(tiny_zoo, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_unknown_epochs_are_named(tiny_zoo: ModelZoo) -> None:
+    with pytest.raises(UserError, match=r"\[7\].*\[0, 1, 2\]"):
+        training_checkpoints(tiny_zoo, dataclasses.replace(BUDGET, epochs=(1, 7)), "train")
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    config = PretrainConfig(steps=100, warmup=0.1, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other"])
+def test_damaged_representation_is_named(tiny_zoo: ModelZoo, tmp_path: Path, damage: str) -> None:
+    train(tiny_zoo, tmp_path)
+    model = tmp_path / "model.safetensors"
+    if damage == "missing":
+        model.unlink()
+    elif damage == "truncated":
+        model.write_bytes(model.read_bytes()[:100])
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["autoencoder"]["width"] = 8
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="damaged"):
+        HyperRepresentation.load(tmp_path)
+
+
+def test_a_folder_that_is_no_representation(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a representation"):
+        HyperRepresentation.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "moment", ["model.safetensors", "metrics.jsonl", "state.pt", "last.safetensors", "config.json"]
+)
+def test_killed_at_every_write_ends_the_same(
+    tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Die right after each kind of write in turn, then start again."""
+    whole = train(tiny_zoo, tmp_path / "whole")
+    replace = os.replace
+
+    def dies(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.name == moment and target.parent.name == "parts":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_zoo, tmp_path / "parts")
+    again = train(tiny_zoo, tmp_path / "parts")
+    assert again.fingerprint == whole.fingerprint
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    for name in (METRICS_FILE, "config.json", "model.safetensors", "last.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

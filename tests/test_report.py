@@ -1,0 +1,450 @@
+"""The report of a small synthetic run: complete, exact, repeatable, partial where the run is, and closed to outside."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from weightspace.report import tables
+from weightspace.report.page import looks_of, make_report, read_run
+from weightspace.runs import UserError, write_json, write_lines
+
+REPRESENTATIONS = ("structure", "structure+behavior")
+BASELINES = ("anchors", "anchors + noise", "weight averages", "PCA")
+FIGURES = (
+    "zoo_accuracy",
+    "training_curves",
+    "embedding_map",
+    "probe_scatter",
+    "reconstruction_accuracy",
+    "reconstruction_distributions",
+    "accuracy_distributions",
+    "generation_novelty",
+    "finetuning_curves",
+)
+RECORDED = ("probe", "reconstruct", "generate", "finetune")
+
+
+def record(
+    stage: str, representation: str, split: str, metric: str, mean: float, half: float | None, n: int | None
+) -> dict[str, Any]:
+    """A tidy record with a symmetric interval."""
+    bounds = {"low": None if half is None else mean - half, "high": None if half is None else mean + half}
+    return {"stage": stage, "representation": representation, "split": split, "metric": metric, "mean": mean} | {
+        **bounds,
+        "n": n,
+    }
+
+
+def write_zoo(run: Path, rng: np.random.Generator) -> pd.DataFrame:
+    """A zoo of 40 members at 6 epochs, without its weights."""
+    splits = ["train"] * 22 + ["val"] * 4 + ["test"] * 8 + ["unseen"] * 6
+    skill = rng.beta(6, 1.5, len(splits))
+    rows = []
+    for member, split in enumerate(splits):
+        for epoch in (0, 1, 2, 5, 10, 25):
+            test = 0.1 + (0.88 * skill[member]) * (1 - np.exp(-epoch / 3)) + rng.normal(0, 0.01)
+            rows.append(
+                {"member": member, "epoch": epoch, "split": split, "test_acc": test, "gap": rng.normal(0.02, 0.01)}
+            )
+    frame = pd.DataFrame(rows)
+    (run / "zoo").mkdir(parents=True)
+    frame.to_parquet(run / "zoo" / "checkpoints.parquet")
+    architecture = {"name": "CNN8", "arguments": {"channels": 1, "classes": 10}}
+    write_json(run / "zoo" / "zoo.json", {"architecture": architecture, "task": "digits", "provenance": {}})
+    return frame
+
+
+def write_representations(run: Path, rng: np.random.Generator) -> None:
+    """Two metrics.jsonl with a minimum before the end; one representation never saw behavior."""
+    for name in REPRESENTATIONS:
+        lines: list[dict[str, Any]] = [{"step": 1, "train": {"total": 9.0}}]
+        for step in range(0, 1001, 100):
+            fall = np.exp(-step / 250) + (0.0004 * (step - 800) if step > 800 else 0)
+            val = {"contrastive": 1 + fall, "structural": 0.08 + 0.9 * fall, "agreement": 0.9 - 0.7 * fall}
+            if "behavior" in name:
+                val["behavioral"] = 0.03 + fall + rng.uniform(0, 0.01)
+            val["total"] = 0.1 + fall
+            lines.append({"step": step, "train": {"total": 0.1 + fall}, "val": val})
+        folder = run / "representations" / name
+        write_lines(folder / "metrics.jsonl", lines)
+        write_json(folder / "config.json", {"pretrain": {"steps": 1000, "batch_size": 32}, "latent_size": 1500})
+
+
+def write_probe(run: Path, rng: np.random.Generator) -> None:
+    """Probes of three properties from four kinds of features, and a map."""
+    features = (*REPRESENTATIONS, "weight statistics", "raw weights")
+    records, predictions = [], []
+    for i, name in enumerate(features):
+        for split in ("test", "unseen"):
+            for j, target in enumerate(("test_acc", "gap", "epoch")):
+                records.append(record("probe", name, split, f"R2 {target}", 0.95 - 0.1 * i - 0.2 * j, 0.03, 32))
+                for member in range(32):
+                    true = (rng.beta(6, 1.5), rng.normal(0.02, 0.01), rng.choice([5, 10, 25]))[j]
+                    scale = (0.05, 0.004, 3.0)[j] * (1 + i)
+                    row = {"features": name, "property": target, "split": split, "member": member, "epoch": 25}
+                    predictions.append(row | {"true": float(true), "predicted": true + rng.normal(0, scale)})
+    write_json(run / "probe" / "records.json", records)
+    pd.DataFrame(predictions).to_parquet(run / "probe" / "predictions.parquet")
+    points = []
+    for name in REPRESENTATIONS:
+        for split in ("train", "test", "unseen"):
+            for accuracy in rng.beta(6, 1.5, 60):
+                x, y = accuracy * 4 + rng.normal(0, 0.3), rng.normal(0, 1)
+                points.append({"representation": name, "split": split, "x": x, "y": y, "test_acc": accuracy})
+    pd.DataFrame(points).to_parquet(run / "probe" / "map.parquet")
+
+
+def write_reconstruct(run: Path, rng: np.random.Generator) -> None:
+    """Reconstructions of two representations; one number is not finite."""
+    records, rows = [], []
+    for name, quality in zip((*REPRESENTATIONS, "PCA"), (0.5, 0.95, 0.7), strict=True):
+        for split in ("test", "unseen"):
+            for metric, mean in {
+                "agreement": quality,
+                "floor": 0.45,
+                "skill": (quality - 0.45) / 0.55,
+                "identity": quality - 0.1,
+                "agreement on errors": quality - 0.2,
+                "accuracy fidelity: slope": quality,
+                "accuracy fidelity: Pearson r": float("nan") if name == "structure" else 0.9,
+                "accuracy fidelity: mean absolute difference": 1 - quality,
+                "structural R2": 0.9,
+                "weight distance": 3.0,
+                "original accuracy": 0.8,
+                "reconstructed accuracy": 0.8 * quality,
+            }.items():
+                records.append(record("reconstruct", name, split, metric, mean, 0.0213, 8 if metric != "floor" else 28))
+            for member in range(24):
+                original = rng.beta(6, 1.5)
+                row = {"representation": name, "split": split, "member": member, "epoch": 25, "original_acc": original}
+                row |= {"reconstructed_acc": original * quality * rng.uniform(0.9, 1), "identified": member % 2 == 0}
+                rows.append(row | {"agreement": quality * rng.uniform(0.9, 1), "distance": 3 + rng.normal(0, 0.4)})
+    write_json(run / "reconstruct" / "records.json", records)
+    pd.DataFrame(rows).to_parquet(run / "reconstruct" / "checkpoints.parquet")
+
+
+def write_generate(run: Path, rng: np.random.Generator) -> None:
+    """Generated networks of two representations and four baselines."""
+    records, rows = [], []
+    for i, name in enumerate((*REPRESENTATIONS, *BASELINES)):
+        accuracy = np.clip(rng.normal((0.4, 0.85, 0.95, 0.6, 0.7, 0.3)[i], 0.08, 40), 0, 1)
+        novelty = np.abs(rng.normal((1.4, 1.2, 0.0, 1.1, 0.9, 1.6)[i], 0.1 if i != 2 else 0, 40))
+        for metric, mean in {
+            "mean accuracy": accuracy.mean(),
+            "median accuracy": np.median(accuracy),
+            "best accuracy": accuracy.max(),
+            "diversity in structure": 0.9,
+            "diversity in behavior": 1.1,
+            "novelty": novelty.mean(),
+            "ensemble accuracy": 0.9,
+        }.items():
+            half = 0.02 if metric != "ensemble accuracy" else None
+            records.append(record("generate", name, "", metric, float(mean), half, 40 if half else None))
+        for network in range(40):
+            row = {"representation": name, "network": network, "test_acc": accuracy[network]}
+            rows.append(row | {"novelty": novelty[network]})
+    write_json(run / "generate" / "records.json", records)
+    pd.DataFrame(rows).to_parquet(run / "generate" / "networks.parquet")
+
+
+def write_finetune(run: Path, rng: np.random.Generator) -> None:
+    """Fine-tuning of everything that was generated, beside training from scratch."""
+    records, rows = [], []
+    for i, name in enumerate((*REPRESENTATIONS, *BASELINES, "from scratch")):
+        for epoch in (0, 1, 5):
+            start = (0.4, 0.85, 0.95, 0.6, 0.7, 0.3, 0.1)[i]
+            accuracy = 0.96 - (0.96 - start) * np.exp(-epoch / 2) + rng.normal(0, 0.02, 12)
+            metric = f"accuracy after {epoch} epochs"
+            records.append(record("finetune", name, "", metric, float(accuracy.mean()), 0.01, 12))
+            row = {"representation": name, "epoch": epoch}
+            rows += [row | {"network": network, "test_acc": value} for network, value in enumerate(accuracy)]
+    write_json(run / "finetune" / "records.json", records)
+    pd.DataFrame(rows).to_parquet(run / "finetune" / "curves.parquet")
+
+
+def write_run(run: Path) -> Path:
+    """A whole run, equal at every call."""
+    rng = np.random.default_rng(7)
+    write_zoo(run, rng)
+    for write in (write_representations, write_probe, write_reconstruct, write_generate, write_finetune):
+        write(run, rng)
+    config = {"name": "digits <small> & co", "seed": 3, "zoo": {"task": "digits"}, "parameter_count": 2758}
+    write_json(run / "config.json", config)
+    write_json(run / "environment.json", {"python": "3.11", "packages": {"torch": "2.6"}})
+    return run
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A whole run and the folder of its report."""
+    run = write_run(tmp_path_factory.mktemp("report") / "run")
+    make_report(run, run / "report")
+    return run, run / "report"
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_table_and_figure_is_written_and_shown(reported: tuple[Path, Path]) -> None:
+    _, folder = reported
+    page = (folder / "index.html").read_text()
+    expected = {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    expected |= {f"tables/{stage}.{kind}" for stage in tables.STAGES for kind in ("csv", "md", "tex")}
+    assert set(contents_of(folder)) == expected | {"index.html"}
+    assert page.count("<img") == len(FIGURES)
+    assert all(len(alt) > 20 for alt in re.findall(r'<img alt="([^"]*)"', page))
+    for path in expected:
+        assert f'href="{path}"' in page
+    for path in folder.rglob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_results_are_exactly_the_records(reported: tuple[Path, Path]) -> None:
+    run, folder = reported
+    text = (run / "results.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    results = json.loads(text)
+    assert all(set(entry) == set(tables.FIELDS) for entry in results)
+    stages = [entry["stage"] for entry in results]
+    assert stages == sorted(stages, key=tables.STAGES.index)
+    for stage in RECORDED:
+        written = json.loads((run / stage / "records.json").read_text())
+        assert [entry for entry in results if entry["stage"] == stage] == written
+        assert len(pd.read_csv(folder / "tables" / f"{stage}.csv")) == len(written)
+
+    frame = pd.read_parquet(run / "zoo" / "checkpoints.parquet")
+    test = frame[(frame["split"] == "test") & (frame["epoch"] == 25)]["test_acc"]
+    found = next(entry for entry in results if entry["stage"] == "zoo" and entry["split"] == "test")
+    assert found["n"] == 8
+    assert found["mean"] == pytest.approx(test.mean())
+    assert found["low"] < found["mean"] < found["high"]
+    spread = 2 * 1.96 * test.std(ddof=0) / 8**0.5  # width of the normal interval, which the bootstrap approaches
+    assert found["high"] - found["low"] == pytest.approx(spread, rel=0.15)
+
+    pretrain = {
+        (entry["representation"], entry["metric"]): entry["mean"] for entry in results if entry["stage"] == "pretrain"
+    }
+    best = np.exp(-800 / 250)  # the validation total is lowest at step 800, not at the end
+    for name in REPRESENTATIONS:
+        assert pretrain[name, "validation structural loss"] == pytest.approx(0.08 + 0.9 * best)
+        assert pretrain[name, "validation agreement"] == pytest.approx(0.9 - 0.7 * best)
+
+
+def test_equal_runs_give_equal_bytes(reported: tuple[Path, Path], tmp_path: Path) -> None:
+    run, folder = reported
+    again = write_run(tmp_path / "elsewhere")
+    make_report(again, tmp_path / "other name")
+    first, second = contents_of(folder), contents_of(tmp_path / "other name")
+    assert [name for name in first if first[name] != second.get(name)] == []
+    assert (run / "results.json").read_bytes() == (again / "results.json").read_bytes()
+
+
+def test_a_changed_number_changes_page_and_figure(reported: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folder = reported
+    again = write_run(tmp_path / "run")
+    frame = pd.read_parquet(again / "zoo" / "checkpoints.parquet")
+    frame.loc[frame["epoch"] == 25, "test_acc"] *= 0.9
+    frame.to_parquet(again / "zoo" / "checkpoints.parquet")
+    for part in ("representations", "probe", "reconstruct", "generate", "finetune"):
+        shutil.rmtree(again / part)
+    make_report(again, tmp_path / "report")
+    for name in ("index.html", "tables/zoo.csv", "figures/zoo_accuracy.svg", "figures/zoo_accuracy.png"):
+        assert (folder / name).read_bytes() != (tmp_path / "report" / name).read_bytes()
+
+
+@pytest.mark.parametrize("write", [write_zoo, write_representations, write_reconstruct, write_finetune])
+def test_a_partial_run_gives_a_page_with_what_is_there(write: Any, tmp_path: Path) -> None:
+    write(tmp_path / "run", np.random.default_rng(0))
+    page = make_report(tmp_path / "run", tmp_path / "report").read_text()
+    assert "<table" in page and "<img" in page and "Not in this run" in page
+
+
+def test_a_run_whose_training_has_not_validated_yet(tmp_path: Path) -> None:
+    write_zoo(tmp_path, np.random.default_rng(0))
+    write_lines(tmp_path / "representations" / "structure" / "metrics.jsonl", [{"step": 1, "train": {"total": 2.0}}])
+    page = make_report(tmp_path, tmp_path / "report").read_text()
+    assert 'id="zoo"' in page and 'id="pretrain"' not in page
+
+
+def test_a_zoo_without_accuracy_is_no_error(tmp_path: Path) -> None:
+    frame = write_zoo(tmp_path, np.random.default_rng(0))
+    frame.drop(columns=["test_acc"]).to_parquet(tmp_path / "zoo" / "checkpoints.parquet")
+    assert "40 members" in make_report(tmp_path, tmp_path / "report").read_text()
+
+
+def test_a_folder_with_nothing_to_report(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=re.escape(str(folder)) + ".*expected.*zoo/checkpoints.parquet"):
+            make_report(folder, tmp_path / "report")
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "report").exists()
+
+
+def test_damaged_parts_are_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    write_finetune(tmp_path, rng)
+    curves, records = tmp_path / "finetune" / "curves.parquet", tmp_path / "finetune" / "records.json"
+    good = pd.read_parquet(curves)
+    good.drop(columns=["network"]).to_parquet(curves)
+    with pytest.raises(UserError, match=r"curves\.parquet lacks the columns network"):
+        make_report(tmp_path, tmp_path / "report")
+    curves.write_bytes(b"not a table")
+    with pytest.raises(UserError, match=r"curves\.parquet cannot be read"):
+        make_report(tmp_path, tmp_path / "report")
+    good.to_parquet(curves)
+    found = json.loads(records.read_text())
+    write_json(records, [*found, found[0]])
+    with pytest.raises(UserError, match="two records of finetune / structure"):
+        make_report(tmp_path, tmp_path / "report")
+    write_json(records, [{key: value for key, value in found[0].items() if key != "low"}])
+    with pytest.raises(UserError, match="a record without low"):
+        make_report(tmp_path, tmp_path / "report")
+
+
+def test_the_page_asks_for_nothing_from_outside(reported: tuple[Path, Path]) -> None:
+    page = (reported[1] / "index.html").read_text()
+    assert "http://" not in page and "https://" not in page
+    assert "@import" not in page and "url(" not in page and "<script" not in page
+    for target in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert target.startswith(("data:", "#", "figures/", "tables/")), target
+
+
+def test_names_are_escaped_and_facts_are_told(reported: tuple[Path, Path]) -> None:
+    page = (reported[1] / "index.html").read_text()
+    assert "<small> &" not in page and "digits &lt;small&gt; &amp; co" in page
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    for fact in (
+        "40 members (22 train, 4 val, 8 test, 6 unseen), 240 checkpoints at epochs 0, 1, 2, 5, 10, 25",
+        "CNN8 (channels 1, classes 10), 2,758 parameters",
+        "1.84 weights per latent value (1,500 latent values)",
+        "1,000 steps of 32 checkpoints",
+    ):
+        assert fact in text
+
+
+def test_every_name_looks_its_own_and_only_representations_have_color(reported: tuple[Path, Path]) -> None:
+    looks = looks_of(read_run(reported[0]))
+    names = (*REPRESENTATIONS, *BASELINES, "weight statistics", "raw weights", "from scratch")
+    assert set(looks) == set(names)
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(names)
+    colored = {name for name, look in looks.items() if len({look.color[i : i + 2] for i in (1, 3, 5)}) > 1}
+    assert colored == set(REPRESENTATIONS)
+
+
+def test_cells() -> None:
+    def text(mean: float | None, low: float | None, high: float | None) -> str:
+        return tables.cell({"mean": mean, "low": low, "high": high})
+
+    assert text(0.91234, 0.9, 0.9249) == "0.912 [0.900, 0.925]"
+    assert text(-12.344, -20.0, -1.0) == "-12.34 [-20.00, -1.00]"
+    assert text(0.5, None, None) == text(0.5, float("nan"), float("nan")) == "0.500"
+    assert text(None, None, None) == text(float("nan"), 0.1, 0.2) == tables.EN_DASH
+
+
+def test_tables_pivot_in_order_of_appearance() -> None:
+    records = [
+        record("probe", "z first", "test", "R2 gap", 0.5, 0.1, 8),
+        record("probe", "z first", "test", "A later", 0.25, None, None),
+        record("probe", "a second", "test", "R2 gap", -0.5, 0.1, 6),
+        record("probe", "a second", "test", "more", 0.5, 0.1, 9),
+    ]
+    frame = tables.table(records)
+    assert list(frame.columns) == ["representation", "split", "R² generalization gap", "A later", "more", "n"]
+    assert frame.to_numpy().tolist() == [
+        ["z first", "test", "0.500 [0.400, 0.600]", "0.250", "\u2013", "8"],
+        ["a second", "test", "-0.500 [-0.600, -0.400]", "\u2013", "0.500 [0.400, 0.600]", "6\u20139"],
+    ]
+    only_splits = tables.table([record("zoo", "", "test", "test accuracy", 0.5, None, None)])
+    assert list(only_splits.columns) == ["split", "test accuracy"]
+
+
+def test_wide_tables_are_turned() -> None:
+    records = [
+        record("reconstruct", name, split, f"metric {i}", i / 10, None, 8 if i else 28)
+        for name in REPRESENTATIONS
+        for split in ("test", "")
+        for i in range(9)
+    ]
+    frame, turned = tables.table(records), tables.readable(records)
+    both = ("structure, test", "structure", "structure+behavior, test", "structure+behavior")
+    assert tuple(turned.columns) == ("metric", *both, "n")
+    assert turned["metric"].tolist() == [f"metric {i}" for i in range(9)]
+    assert (turned.iloc[:, 1:-1].to_numpy() == frame.iloc[:, 2:-1].to_numpy().T).all()
+    assert turned["n"].tolist() == ["28"] + ["8"] * 8 and frame["n"].tolist() == ["8\u201328"] * 4
+    assert tables.readable(records, widest=9).equals(frame)
+
+
+def test_latex_is_escaped() -> None:
+    frame = tables.table([record("probe", r"a_b & 50% #1 {x} ~ ^ \n $", "", "R2 my_metric", -0.5, 0.1, 8)])
+    assert tables.to_latex(frame) == (
+        "\\begin{tabular}{lrr}\n\\toprule\n"
+        "representation & R$^2$ my\\_metric & n \\\\\n\\midrule\n"
+        r"a\_b \& 50\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{}n \$"
+        " & $-$0.500 [$-$0.600, $-$0.400] & 8 \\\\\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def test_markdown() -> None:
+    frame = tables.table([record("probe", "a|b", "", "R2 gap", 0.5, None, 8)])
+    assert tables.to_markdown(frame) == (
+        "| representation | R² generalization gap | n |\n| --- | ---: | ---: |\n| a\\|b | 0.500 | 8 |\n"
+    )
+
+
+def test_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(3, 2, 400)
+    mean, low, high = tables.bootstrap(values, generator)
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * 0.1, mean + 1.96 * 0.1), abs=0.03)
+    assert np.isnan(tables.bootstrap(values[:1], generator)[1:]).all()
+    assert np.isnan(tables.bootstrap(np.array([1.0, np.nan]), generator)).all()
+
+
+def browser() -> str | None:
+    """A Chromium on this machine."""
+    names: Iterable[str] = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+CHECK = """<script>addEventListener("load", () => {
+  const loaded = [...document.images].filter(image => image.complete && image.naturalWidth > 0);
+  document.body.dataset.loaded = loaded.length;
+  document.body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const requests = performance.getEntriesByType("resource");
+  document.body.dataset.requests = requests.map(entry => entry.name.slice(0, 40)).join(" ");
+});</script></body>"""
+
+
+@pytest.mark.parametrize("size", ["1200,900", "500,900"])
+def test_in_a_browser_every_figure_shows_and_nothing_is_requested(
+    reported: tuple[Path, Path], tmp_path: Path, size: str
+) -> None:
+    program = browser()
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    page = (reported[1] / "index.html").read_text()
+    wrapped = tmp_path / "page.html"
+    wrapped.write_text(page.replace("</body>", CHECK))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --disable-dev-shm-usage --virtual-time-budget=5000 --dump-dom"
+    command = [program, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", wrapped.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    found = dict(re.findall(r'data-(loaded|overflow|requests)="([^"]*)"', done.stdout))
+    assert found.get("loaded") == str(len(FIGURES)), done.stderr[-2000:]
+    assert all(name.startswith(("data:", "file:")) for name in found["requests"].split())
+    assert int(found["overflow"]) <= 0  # wide tables scroll by themselves, the page does not

@@ -1,0 +1,107 @@
+"""Trained neural networks as data: model zoos, hyper-representations, and the behavioral loss."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightspace.config import (
+        PRESETS,
+        AutoencoderConfig,
+        Experiment,
+        FinetuneConfig,
+        GenerateConfig,
+        LossConfig,
+        PretrainConfig,
+        ProbeConfig,
+        ZooConfig,
+    )
+    from weightspace.downstream.finetune import finetune
+    from weightspace.downstream.generate import generate, kde, load_network, load_networks
+    from weightspace.downstream.probe import probe
+    from weightspace.downstream.reconstruct import reconstruct
+    from weightspace.experiment import run
+    from weightspace.hyperrep.pretrain import pretrain
+    from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
+    from weightspace.networks.architectures import Architecture
+    from weightspace.networks.behavior import Outputs, outputs
+    from weightspace.networks.checkpoints import Checkpoints
+    from weightspace.report.page import make_report
+    from weightspace.tasks.images import ImageTask, load_task
+    from weightspace.tokens.tokenizer import TokenBatch, Tokenizer
+    from weightspace.zoo.model_zoo import ModelZoo
+    from weightspace.zoo.population import train_population
+
+_HOMES = {
+    "PRESETS": "config",
+    "Architecture": "networks.architectures",
+    "AutoencoderConfig": "config",
+    "Checkpoints": "networks.checkpoints",
+    "Embeddings": "hyperrep.representation",
+    "Experiment": "config",
+    "FinetuneConfig": "config",
+    "GenerateConfig": "config",
+    "HyperRepresentation": "hyperrep.representation",
+    "ImageTask": "tasks.images",
+    "LossConfig": "config",
+    "ModelZoo": "zoo.model_zoo",
+    "Outputs": "networks.behavior",
+    "PretrainConfig": "config",
+    "ProbeConfig": "config",
+    "TokenBatch": "tokens.tokenizer",
+    "Tokenizer": "tokens.tokenizer",
+    "ZooConfig": "config",
+    "finetune": "downstream.finetune",
+    "generate": "downstream.generate",
+    "kde": "downstream.generate",
+    "load_network": "downstream.generate",
+    "load_networks": "downstream.generate",
+    "load_task": "tasks.images",
+    "make_report": "report.page",
+    "outputs": "networks.behavior",
+    "pretrain": "hyperrep.pretrain",
+    "probe": "downstream.probe",
+    "reconstruct": "downstream.reconstruct",
+    "run": "experiment",
+    "train_population": "zoo.population",
+}
+
+__all__ = [
+    "PRESETS",
+    "Architecture",
+    "AutoencoderConfig",
+    "Checkpoints",
+    "Embeddings",
+    "Experiment",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "HyperRepresentation",
+    "ImageTask",
+    "LossConfig",
+    "ModelZoo",
+    "Outputs",
+    "PretrainConfig",
+    "ProbeConfig",
+    "TokenBatch",
+    "Tokenizer",
+    "ZooConfig",
+    "finetune",
+    "generate",
+    "kde",
+    "load_network",
+    "load_networks",
+    "load_task",
+    "make_report",
+    "outputs",
+    "pretrain",
+    "probe",
+    "reconstruct",
+    "run",
+    "train_population",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``weightspace --help`` does not wait for torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"weightspace.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'weightspace' has no attribute {name!r}")

@@ -1,0 +1,402 @@
+"""The command line: one sub-command per stage, no logic of its own.
+
+The stages are imported when a command runs, not before, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from weightspace.config import (
+    PRESETS,
+    AutoencoderConfig,
+    Experiment,
+    FinetuneConfig,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+    ZooConfig,
+)
+from weightspace.runs import RunFailed, UserError, read_json
+
+Config = TypeVar("Config")
+Inline = Annotated[Config, tyro.conf.arg(name="")]
+Device = Annotated[str, tyro.conf.arg(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")]
+Folder = tyro.conf.Positional[Path]
+Folders = tyro.conf.Positional[tuple[Path, ...]]
+
+DEFAULT = PRESETS["digits"]()
+BEHAVIOR = DEFAULT.representations["structure+behavior"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Images -> zoo -> representations -> probes, reconstruction, generation, fine-tuning -> report.
+
+    PRESET is digits (the default: 600 networks, minutes), digits-long (960 networks, under 45 minutes) or smoke
+    (everything, tiny; its numbers mean nothing).
+    Running the same command again skips finished stages and continues an interrupted one. Every field below can be
+    set as an option (--pretrain.steps 200) or as --set pretrain.steps=200; the defaults shown are the preset's.
+    """
+
+    experiment: Inline[Experiment]
+    out: Path | None = None
+    """output folder (default: runs/PRESET)"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, run
+
+        page = run(self.experiment, self.out or Path("runs") / self.experiment.name, choose_device(self.device))
+        show(read_json(page.parent.parent / "results.json"), "reconstruct", "generate")
+        print(f"report: {page}")
+
+
+@dataclass(frozen=True)
+class ZooTrain:
+    """Train a population of networks and write it as a zoo."""
+
+    out: Path
+    """folder of the zoo"""
+    config: Inline[ZooConfig] = field(default_factory=lambda: DEFAULT.zoo)
+    seed: int = 0
+    """seed of initializations, data orders and split"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, zoo_stage
+        from weightspace.zoo.model_zoo import summary
+
+        print(summary(zoo_stage(self.out, self.config, self.seed, choose_device(self.device))))
+
+
+@dataclass(frozen=True)
+class ZooShow:
+    """Show what a zoo holds: base network, members, properties, accuracy by epoch."""
+
+    zoo: Folder
+    """folder of the zoo"""
+
+    def __call__(self) -> None:
+        from weightspace.zoo.model_zoo import ModelZoo, summary
+
+        print(summary(ModelZoo.open(self.zoo)))
+
+
+@dataclass(frozen=True)
+class ZooVerify:
+    """Check every file of a zoo against its checksum and shape; lists what is wrong (exit code 1)."""
+
+    zoo: Folder
+    """folder of the zoo"""
+
+    def __call__(self) -> None:
+        from weightspace.zoo.model_zoo import verify
+
+        problems = verify(self.zoo)
+        if problems:
+            raise RunFailed(f"the zoo {self.zoo} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+        print(f"the zoo {self.zoo} is intact")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a representation on a zoo and write it as one folder (best and last state)."""
+
+    zoo: Folder
+    """folder of the zoo"""
+    out: Path
+    """folder of the representation"""
+    pretrain: PretrainConfig = field(default_factory=lambda: DEFAULT.pretrain)
+    loss: LossConfig = field(default_factory=lambda: BEHAVIOR)
+    autoencoder: AutoencoderConfig = field(default_factory=lambda: DEFAULT.autoencoder)
+    seed: int = 0
+    """seed of initialization, batches, queries and views"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, pretrain_stage
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        device = choose_device(self.device)
+        zoo = ModelZoo.open(self.zoo)
+        made = pretrain_stage(self.out, zoo, self.pretrain, self.loss, self.autoencoder, self.seed, device)
+        best = ", ".join(f"{name} {value:.4g}" for name, value in made.info["validation"].items())
+        print(f"{self.out}: best at step {made.info['step']}, validation {best}")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embed the checkpoints of a zoo: embeddings.safetensors (z) and embeddings.parquet (their rows)."""
+
+    zoo: Folder
+    """folder of the zoo"""
+    representation: Folder
+    """folder of the representation"""
+    out: Path
+    """output folder"""
+    split: str | None = None
+    """split to embed (default: all)"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, embed_stage
+        from weightspace.hyperrep.representation import HyperRepresentation
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        representation = HyperRepresentation.load(self.representation, choose_device(self.device))
+        embed_stage(self.out, ModelZoo.open(self.zoo), representation, self.split)
+        print(f"embeddings: {self.out}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Predict properties from embeddings, beside weight statistics and raw weights: R^2 on test and unseen."""
+
+    zoo: Folder
+    """folder of the zoo"""
+    representations: Folders
+    """folders of representations"""
+    out: Path
+    """output folder"""
+    config: Inline[ProbeConfig] = field(default_factory=lambda: DEFAULT.probe)
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, load_representations, probe_stage
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        loaded = load_representations(self.representations, choose_device(self.device))
+        show(probe_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config))
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Reconstruct held-out checkpoints and score them: agreement, floor, skill, identity, fidelity."""
+
+    zoo: Folder
+    """folder of the zoo"""
+    representations: Folders
+    """folders of representations"""
+    out: Path
+    """output folder"""
+    config: Inline[ReconstructConfig] = field(default_factory=lambda: DEFAULT.reconstruct)
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, load_representations, reconstruct_stage
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        device = choose_device(self.device)
+        loaded = load_representations(self.representations, device)
+        show(reconstruct_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, device))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate networks (NAME.safetensors and NAME.json), scored beside the baselines."""
+
+    zoo: Folder
+    """folder of the zoo; its best training members are the anchors"""
+    representations: Folders
+    """folders of representations"""
+    out: Path
+    """output folder"""
+    config: Inline[GenerateConfig] = field(default_factory=lambda: DEFAULT.generate)
+    seed: int = 0
+    """seed of the samples"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, generate_stage, load_representations
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        device = choose_device(self.device)
+        loaded = load_representations(self.representations, device)
+        show(generate_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, self.seed, device))
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train generated networks on, beside training from scratch."""
+
+    networks: Folders
+    """files written by `generate` (NAME.safetensors)"""
+    out: Path
+    """output folder"""
+    config: Inline[FinetuneConfig] = field(default_factory=lambda: DEFAULT.finetune)
+    seed: int = 0
+    """seed of data orders and fresh networks"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device, finetune_stage
+
+        names = [path.name.removesuffix(".safetensors").removesuffix(".json") for path in self.networks]
+        if len(set(names)) < len(names) or not names:
+            raise UserError(f"networks are told apart by the names of their files, given {names}; rename one")
+        networks = dict(zip(names, self.networks, strict=True))
+        show(finetune_stage(self.out, networks, self.config, self.seed, choose_device(self.device)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the page, figures and tables of a run again, and collect results.json."""
+
+    run: Folder
+    """folder of the run"""
+
+    def __call__(self) -> None:
+        from weightspace.report.page import make_report
+
+        print(f"report: {make_report(self.run, self.run / 'report')}")
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "run": Run,
+    "zoo train": ZooTrain,
+    "zoo show": ZooShow,
+    "zoo verify": ZooVerify,
+    "pretrain": Pretrain,
+    "embed": Embed,
+    "probe": Probe,
+    "reconstruct": Reconstruct,
+    "generate": Generate,
+    "finetune": Finetune,
+    "report": Report,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit code 0, 1 for a failed run, 2 for something the user can mend."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command(given)()
+    except UserError as error:
+        fail(str(error), 2)
+    except RunFailed as error:
+        fail(str(error), 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        fail(f"{error.strerror or error}{where}; what was finished is kept: mend this and run the command again", 1)
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to continue", 130)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one message to standard error and exit."""
+    print(f"weightspace: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def command(given: list[str]) -> Callable[[], None]:
+    """The command that the arguments ask for, parsed; --help prints and exits.
+
+    Raises:
+        UserError: no such command or preset, or a malformed --set.
+    """
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("weightspace"))
+        sys.exit(0)
+    words = 2 if given[0] == "zoo" else 1
+    name, rest = " ".join(given[:words]), given[words:]
+    if name not in COMMANDS:
+        if given[0] == "zoo" and (len(given) == 1 or given[1] in ("-h", "--help")):
+            print(usage("zoo "))
+            sys.exit(0 if len(given) > 1 else 2)
+        raise UserError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+    default = None
+    if name == "run":
+        preset = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
+        if preset not in PRESETS:
+            raise UserError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+        default = Run(PRESETS[preset]())
+    prog = f"weightspace {name}" + (" [PRESET]" if name == "run" else "")
+    return tyro.cli(COMMANDS[name], prog=prog, default=default, args=expand_sets(rest))
+
+
+def expand_sets(arguments: list[str]) -> list[str]:
+    """Rewrite ``--set field=value`` (also --set=field=value) as ``--field value``.
+
+    Lists are separated by spaces or commas.
+
+    Raises:
+        UserError: --set without field=value.
+    """
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument != "--set" and not argument.startswith("--set="):
+            expanded.append(argument)
+            continue
+        setting = next(rest, "") if argument == "--set" else argument.removeprefix("--set=")
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set takes FIELD=VALUE, such as --set pretrain.steps=200; given {setting!r}")
+        expanded += [f"--{name}", *value.replace(",", " ").split()]
+    return expanded
+
+
+def usage(prefix: str = "") -> str:
+    """The list of commands, each with the first line of its description."""
+    named = {name: kind.__doc__ or "" for name, kind in COMMANDS.items() if name.startswith(prefix)}
+    rows = [f"  {name:<14}{text.splitlines()[0]}" for name, text in named.items()]
+    return "\n".join(
+        [
+            "usage: weightspace COMMAND ...",
+            "",
+            "Trained neural networks as data: model zoos, hyper-representations, and the behavioral loss.",
+            "",
+            *rows,
+            "",
+            f"Presets of `run`: {', '.join(PRESETS)}. `weightspace COMMAND --help` lists every option and field.",
+        ]
+    )
+
+
+def show(records: list[dict[str, Any]], *stages: str) -> None:
+    """Print records as one table per stage and split, a column per representation; intervals where there is room."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 250)
+    wanted = [record for record in records if not stages or record["stage"] in stages]
+    for stage, split in dict.fromkeys((record["stage"], record["split"]) for record in wanted):
+        part = [record for record in wanted if (record["stage"], record["split"]) == (stage, split)]
+        names = list(dict.fromkeys(record["representation"] for record in part))
+        needed = 46 + 25 * len(names)
+        roomy = not sys.stdout.isatty() or console.width >= needed
+        table = Table(title=f"{stage} · {split}", title_justify="left")
+        table.add_column("metric")
+        for name in names:
+            table.add_column(name, justify="right")
+        cells = {(record["metric"], record["representation"]): record for record in part}
+        for metric in dict.fromkeys(record["metric"] for record in part):
+            table.add_row(metric, *(cell(cells.get((metric, name)), roomy) for name in names))
+        console.print(table, width=needed if roomy else None)
+
+
+def cell(record: dict[str, Any] | None, interval: bool) -> str:
+    """A number, with its interval where there is one and it is asked for."""
+    if record is None or record["mean"] is None:
+        return ""
+    if record["low"] is None or not interval:
+        return f"{record['mean']:.3f}"
+    return f"{record['mean']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Checkpoint -> embedding -> checkpoint, scored against the original by every metric of DESIGN section 7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from weightspace.downstream import metrics
+from weightspace.downstream.baselines import fit_pca
+from weightspace.hyperrep.pretrain import training_checkpoints
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.networks import behavior
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import progress
+from weightspace.tasks.images import ImageTask
+from weightspace.zoo.model_zoo import ModelZoo
+
+STAGE = "reconstruct"
+Records = list[dict[str, Any]]
+
+
+def compare(
+    originals: Checkpoints, reconstructed: Checkpoints, task: ImageTask, tokens: Callable[[dict[str, Tensor]], Tensor]
+) -> pd.DataFrame:
+    """One row per checkpoint: what the original and its reconstruction do on the task's test images.
+
+    Floor and identity are taken among the checkpoints of the same epoch, one per member.
+
+    Args:
+        originals: n checkpoints.
+        reconstructed: their reconstructions, in the same order.
+        task: its test images are the queries.
+        tokens: stacked weights -> normalized tokens, in which structural R^2 is measured.
+    """
+    images, labels = task.test.images, task.test.labels
+    outputs = behavior.outputs(originals, images, labels)
+    outputs_hat = behavior.outputs(reconstructed, images, labels)
+    alike, wrong = metrics.agreement_on_errors(outputs_hat.predictions, outputs.predictions, labels)
+    x, x_hat = tokens(originals.weights).flatten(1), tokens(reconstructed.weights).flatten(1)
+    frame = originals.frame[["member", "epoch", "split"]].assign(
+        original_acc=_array(outputs.accuracy),
+        reconstructed_acc=_array(outputs_hat.accuracy),
+        agreement=_array(metrics.agreement(outputs_hat.predictions, outputs.predictions)),
+        errors_alike=_array(alike),
+        errors=_array(wrong),
+        distance=_array((reconstructed.flat() - originals.flat()).norm(dim=1)),
+        squared_error=_array((x_hat - x).square().sum(1)),
+        squared_deviation=_array((x - x.mean(0)).square().sum(1)),
+        floor=np.nan,
+        identified=False,
+    )
+    for _, rows in frame.groupby("epoch"):
+        index = rows.index.to_numpy(copy=True)
+        among = torch.from_numpy(index).to(images.device)
+        frame.loc[index, "floor"] = _array(metrics.floor(outputs.predictions[among], task.classes))
+        same = metrics.identified(outputs_hat.probabilities[among], outputs.probabilities[among])
+        frame.loc[index, "identified"] = same.cpu().numpy()
+    return frame
+
+
+def _array(values: Tensor) -> np.ndarray[Any, Any]:
+    return values.double().cpu().numpy()
+
+
+def summarize(frame: pd.DataFrame, representation: str, split: str) -> Records:
+    """The records of one representation on one split, from the rows of `compare`."""
+    members = frame["member"].to_numpy()
+
+    def column(name: str) -> np.ndarray[Any, Any]:
+        return frame[name].to_numpy(dtype=float)
+
+    def entry(metric: str, sums: np.ndarray[Any, Any], statistic: metrics.Statistic = metrics.ratio) -> dict[str, Any]:
+        return metrics.summarize(STAGE, representation, split, metric, sums, members, statistic)
+
+    pair = metrics.moments(column("original_acc"), column("reconstructed_acc"))
+    ones = np.ones(len(frame))
+    return [
+        entry("agreement", metrics.mean_of(column("agreement"))),
+        entry("floor", metrics.mean_of(column("floor"))),
+        entry("skill", np.stack([column("agreement"), column("floor"), ones], axis=1), metrics.skill),
+        entry("identity", metrics.mean_of(column("identified"))),
+        entry("agreement on errors", np.stack([column("errors_alike"), column("errors")], axis=1)),
+        entry("accuracy fidelity: slope", pair, metrics.slope),
+        entry("accuracy fidelity: Pearson r", pair, metrics.pearson),
+        entry(
+            "accuracy fidelity: mean absolute difference",
+            metrics.mean_of(np.abs(column("original_acc") - column("reconstructed_acc"))),
+        ),
+        entry(
+            "structural R2",
+            np.stack([column("squared_error"), column("squared_deviation")], axis=1),
+            metrics.one_minus_ratio,
+        ),
+        entry("weight distance", metrics.mean_of(column("distance"))),
+        entry("original accuracy", metrics.mean_of(column("original_acc"))),
+        entry("reconstructed accuracy", metrics.mean_of(column("reconstructed_acc"))),
+    ]
+
+
+def gains(frame: pd.DataFrame, baseline: pd.DataFrame, representation: str, name: str, split: str) -> Records:
+    """Paired differences to a baseline, row by row on the same checkpoints; intervals over members."""
+    members = frame["member"].to_numpy()
+    column = {key: frame[key].to_numpy(dtype=float) for key in ("agreement", "floor", "identified")}
+    better = column["agreement"] - baseline["agreement"].to_numpy(dtype=float)
+    told = column["identified"] - baseline["identified"].to_numpy(dtype=float)
+    sums = {
+        f"skill above {name}": np.stack([better, 1 - column["floor"]], axis=1),
+        f"identity above {name}": metrics.mean_of(told),
+    }
+    return [metrics.summarize(STAGE, representation, split, metric, values, members) for metric, values in sums.items()]
+
+
+def reconstruct(
+    zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], task: ImageTask, splits: tuple[str, ...]
+) -> tuple[Records, pd.DataFrame]:
+    """Reconstruct the checkpoints of some splits with every representation and with PCA at the same size.
+
+    Every further representation is also compared with the first one, checkpoint by checkpoint.
+
+    The checkpoints are those of the epochs that the (first) representation was trained on.
+
+    Returns:
+        The records, and a row per checkpoint, representation and split.
+    """
+    first = next(iter(representations.values()))
+    pca = fit_pca(training_checkpoints(zoo, first.pretrain_config, "train").flat(), first.latent_size)
+    methods: dict[str, Callable[[Checkpoints], Checkpoints]]
+    methods = {name: representation.reconstruct for name, representation in representations.items()}
+    methods["PCA"] = pca.reconstruct
+    records, frames = [], []
+    with progress("reconstruct", len(methods) * len(splits)) as advance:
+        for split in splits:
+            originals = training_checkpoints(zoo, first.pretrain_config, split)
+            baseline = None
+            for name, method in methods.items():
+                frame = compare(originals, method(originals), task, first.cpu_tokens)
+                records += summarize(frame, name, split)
+                if baseline is None:
+                    baseline = frame
+                elif name in representations:
+                    records += gains(frame, baseline, name, next(iter(representations)), split)
+                frames.append(frame.assign(representation=name, split=split))
+                advance(1, f"{name} on {split}")
+    return records, pd.concat(frames, ignore_index=True)

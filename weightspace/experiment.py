@@ -1,0 +1,259 @@
+"""The main job: the stages in the order in which the data travels, each usable alone on folders on disk.
+
+A stage claims its output folder for one config, skips when that is finished, and continues when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from weightspace import runs
+from weightspace.config import (
+    AutoencoderConfig,
+    Experiment,
+    FinetuneConfig,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+    ZooConfig,
+    check,
+)
+from weightspace.downstream import finetune, generate, probe, reconstruct
+from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.report.page import make_report
+from weightspace.runs import UserError, atomic, checksum, write_json
+from weightspace.tasks.images import load_task
+from weightspace.zoo.model_zoo import ModelZoo
+from weightspace.zoo.population import train_population
+
+Records = list[dict[str, Any]]
+
+
+def run(config: Experiment, folder: Path, device: torch.device) -> Path:
+    """Images -> zoo -> representations -> probes, reconstruction, generation, fine-tuning -> report.
+
+    Stages that are finished are skipped, an interrupted one is continued. Returns the path of the page.
+
+    Raises:
+        UserError: a setting that cannot work, or a folder that holds something else.
+        RunFailed: a stage that could not go on.
+    """
+    check_names(config.representations)
+    check(config)
+    missing = sorted(set(config.pretrain.epochs) - set(config.zoo.save_epochs))
+    if missing:
+        raise UserError(f"pretrain.epochs asks for {missing}, which zoo.save_epochs={config.zoo.save_epochs} lacks")
+    with runs.stage(folder, "run", dataclasses.asdict(config)):
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        if not (folder / "environment.json").exists():
+            where = {"device": str(device), "threads": torch.get_num_threads()}
+            write_json(folder / "environment.json", {**runs.environment(), **where})
+        zoo = zoo_stage(folder / "zoo", config.zoo, config.seed, device)
+        representations = {
+            name: pretrain_stage(
+                folder / "representations" / name, zoo, config.pretrain, loss, config.autoencoder, config.seed, device
+            )
+            for name, loss in config.representations.items()
+        }
+        probe_stage(folder / "probe", zoo, representations, config.probe)
+        reconstruct_stage(folder / "reconstruct", zoo, representations, config.reconstruct, device)
+        generate_stage(folder / "generate", zoo, representations, config.generate, config.seed, device)
+        networks = {name: folder / "generate" / f"{name}.safetensors" for name in [*config.representations, "anchors"]}
+        finetune_stage(folder / "finetune", networks, config.finetune, config.seed, device)
+        return make_report(folder, folder / "report")
+
+
+def zoo_stage(folder: Path, config: ZooConfig, seed: int, device: torch.device) -> ModelZoo:
+    """Train a population and write it as a zoo."""
+    with runs.stage(folder, "zoo", {"zoo": dataclasses.asdict(config), "seed": seed}) as todo:
+        if todo:
+            train_population(config, folder, seed, device)
+    return ModelZoo.open(folder)
+
+
+def pretrain_stage(
+    folder: Path,
+    zoo: ModelZoo,
+    config: PretrainConfig,
+    loss: LossConfig,
+    autoencoder: AutoencoderConfig,
+    seed: int,
+    device: torch.device,
+) -> HyperRepresentation:
+    """Train a representation on a zoo and write it as one folder."""
+    claim = {
+        "zoo": zoo.fingerprint,
+        "pretrain": dataclasses.asdict(config),
+        "loss": dataclasses.asdict(loss),
+        "autoencoder": dataclasses.asdict(autoencoder),
+        "seed": seed,
+    }
+    with runs.stage(folder, "representation", claim) as todo:
+        if todo:
+            pretrain(zoo, folder, config, loss, autoencoder, seed, device, folder.name)
+    return HyperRepresentation.load(folder, device)
+
+
+def _claim(
+    zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], config: Any, **more: Any
+) -> dict[str, Any]:
+    """What the output of a downstream stage depends on."""
+    check(config)
+    check_names(representations)
+    for representation in representations.values():
+        representation.tokenizer.check_architecture(zoo.architecture)
+    fingerprints = {name: representation.fingerprint for name, representation in representations.items()}
+    return {"zoo": zoo.fingerprint, "representations": fingerprints, "config": dataclasses.asdict(config), **more}
+
+
+def _write(folder: Path, records: Records, tables: Mapping[str, pd.DataFrame]) -> None:
+    for name, table in tables.items():
+        with atomic(folder / f"{name}.parquet") as path:
+            table.to_parquet(path, index=False)
+    write_json(folder / "records.json", records)
+
+
+def embed_stage(folder: Path, zoo: ModelZoo, representation: HyperRepresentation, split: str | None) -> None:
+    """Write embeddings.safetensors (z [n, T, Z]) and embeddings.parquet (the n rows they belong to)."""
+    representation.tokenizer.check_architecture(zoo.architecture)
+    claim = {"zoo": zoo.fingerprint, "representation": representation.fingerprint, "split": split}
+    with runs.stage(folder, "embed", claim) as todo:
+        if todo:
+            embeddings = representation.embed(zoo.select(split=split) if split else zoo.read(zoo.frame))
+            runs.write_tensors(folder / "embeddings.safetensors", {"z": embeddings.z})
+            with atomic(folder / "embeddings.parquet") as path:
+                embeddings.frame.to_parquet(path, index=False)
+
+
+def probe_stage(
+    folder: Path, zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], config: ProbeConfig
+) -> Records:
+    """Predict properties from embeddings, weight statistics and raw weights."""
+    with runs.stage(folder, "probe", _claim(zoo, representations, config)) as todo:
+        if todo:
+            records, predictions, plane = probe.probe(zoo, representations, config)
+            _write(folder, records, {"predictions": predictions, "map": plane})
+    return runs.read_json(folder / "records.json")
+
+
+def reconstruct_stage(
+    folder: Path,
+    zoo: ModelZoo,
+    representations: Mapping[str, HyperRepresentation],
+    config: ReconstructConfig,
+    device: torch.device,
+) -> Records:
+    """Reconstruct held-out checkpoints and score them."""
+    with runs.stage(folder, "reconstruct", _claim(zoo, representations, config)) as todo:
+        if todo:
+            task = load_task(zoo.task).to(device)
+            records, rows = reconstruct.reconstruct(zoo, representations, task, config.splits)
+            _write(folder, records, {"checkpoints": rows})
+    return runs.read_json(folder / "records.json")
+
+
+def generate_stage(
+    folder: Path,
+    zoo: ModelZoo,
+    representations: Mapping[str, HyperRepresentation],
+    config: GenerateConfig,
+    seed: int,
+    device: torch.device,
+) -> Records:
+    """Generate networks with every representation and baseline, score them and write them."""
+    with runs.stage(folder, "generate", _claim(zoo, representations, config, seed=seed)) as todo:
+        if todo:
+            task = load_task(zoo.task).to(device)
+            made = generate.generate(zoo, representations, task, config, seed)
+            for name, networks in made.networks.items():
+                generate.save_networks(folder, name, networks, zoo.task, made.table)
+            _write(folder, made.records, {"networks": made.table})
+    return runs.read_json(folder / "records.json")
+
+
+def finetune_stage(
+    folder: Path, networks: Mapping[str, Path], config: FinetuneConfig, seed: int, device: torch.device
+) -> Records:
+    """Train generated networks on, beside training from scratch.
+
+    Args:
+        folder: where the records go.
+        networks: {name: file written by the generation}.
+        config: how many, how long.
+        seed: seed of the data order and of the fresh networks.
+        device: where to train.
+    """
+    check(config)
+    loaded = {name: generate.load_networks(path) for name, path in networks.items()}
+    tasks = {generate.task_of(path) for path in networks.values()}
+    architectures = {str(checkpoints.architecture) for checkpoints in loaded.values()}
+    if len(tasks) != 1 or len(architectures) != 1:
+        raise UserError(f"fine-tune networks of one task and base network at a time, given {tasks} and {architectures}")
+    digests = {name: checksum(generate.networks_file(path, ".safetensors")) for name, path in networks.items()}
+    claim = {"networks": digests, "config": dataclasses.asdict(config), "seed": seed}
+    with runs.stage(folder, "finetune", claim) as todo:
+        if todo:
+            task = load_task(tasks.pop()).to(device)
+            records, curves = finetune.finetune(loaded, task, config, seed)
+            _write(folder, records, {"curves": curves})
+    return runs.read_json(folder / "records.json")
+
+
+def load_representations(folders: Sequence[Path], device: torch.device) -> dict[str, HyperRepresentation]:
+    """Representations by the names of their folders.
+
+    Raises:
+        UserError: two folders of one name, or a folder that is not a representation.
+    """
+    if not folders:
+        raise UserError("no representation given; name at least one folder written by `weightspace pretrain`")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"representations are told apart by their folder names, given {', '.join(names)}; rename one")
+    check_names(names)
+    return {name: HyperRepresentation.load(folder, device) for name, folder in zip(names, folders, strict=True)}
+
+
+RESERVED = ("PCA", "anchors", "anchors + noise", "weight averages", "from scratch", "weight statistics", "raw weights")
+"""Names of baselines in tables and figures."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise a UserError unless there are representations and none is called like a baseline."""
+    names = list(names)
+    if not names:
+        raise UserError("no representation given; name at least one")
+    taken = [name for name in names if name in RESERVED]
+    if taken:
+        raise UserError(
+            f"a representation cannot be called {taken[0]!r}: tables use that name for a baseline; rename it"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    # the same numbers at every run, and those of float32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); use --device auto or --device cpu") from None
+    return device

@@ -1,0 +1,1 @@
+"""The hyper-representation: a transformer autoencoder over tokens, and its training."""

@@ -1,0 +1,1 @@
+"""Base networks: what a checkpoint belongs to."""

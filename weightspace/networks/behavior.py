@@ -1,0 +1,240 @@
+"""What many checkpoints output on one batch of inputs: the only place that runs checkpoints.
+
+Loss, accuracy, agreement, population training and fine-tuning all call `logits`, so they cannot disagree. How many
+checkpoints run in one vectorized call is measured once per machine (`calibrate`): small networks gain several times
+from running together, larger convolutions are faster one after another in channels-last layout.
+
+Legend: n checkpoints, Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from weightspace.networks.architectures import Architecture
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import UserError, processor, write_json
+
+GROUPS = (1, 8, 32, 64, 128, 256, 512, 1024)
+"""Group sizes that calibration tries."""
+ALONE = 4
+"""Checkpoints over which calibration averages where they run one after another."""
+ROUNDS = 6
+"""How often calibration times each group size."""
+IMAGES_AT_ONCE = 32_768
+"""Upper bound on checkpoints x inputs in one vectorized call, so that memory stays bounded."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What n checkpoints give on Q queries."""
+
+    logits: Tensor
+    """[n, Q, C]"""
+    labels: Tensor | None = None
+    """[Q] class indices, where the queries have them."""
+
+    @property
+    def predictions(self) -> Tensor:
+        """Predicted class [n, Q]."""
+        return self.logits.argmax(-1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits [n, Q, C]."""
+        return self.logits.softmax(-1)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of the queries whose label is predicted [n]."""
+        return (self.predictions == self._labels()).float().mean(1)
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean cross-entropy per checkpoint [n]."""
+        classes = self.logits.shape[-1]
+        labels = self._labels().expand(len(self.logits), -1)
+        losses = F.cross_entropy(self.logits.reshape(-1, classes), labels.reshape(-1), reduction="none")
+        return losses.view(labels.shape).mean(1)
+
+    def _labels(self) -> Tensor:
+        if self.labels is None:
+            raise UserError("these outputs have no labels; pass the labels to outputs(checkpoints, inputs, labels)")
+        return self.labels
+
+
+def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group: int, shared: bool = True) -> Tensor:
+    """Logits of n checkpoints [n, Q, C]; differentiable in the weights and the inputs.
+
+    Args:
+        network: any instance of the base network; its own weights play no part.
+        weights: {name: [n, *shape]}.
+        inputs: [Q, ...], the same for every checkpoint, or [n, Q, ...] where `shared` is False.
+        group: how many checkpoints run in one vectorized call; 1 runs them one after another.
+    """
+    count = len(next(iter(weights.values())))
+    if group == 1:
+        if shared:
+            same = _channels_last(inputs)
+            each = [same] * count
+        else:
+            each = [_channels_last(own) for own in inputs]
+        alone = zip(*(weight.unbind() for weight in weights.values()), strict=True)
+        return torch.stack(
+            [
+                functional_call(network, dict(zip(weights, w, strict=True)), (x,))
+                for w, x in zip(alone, each, strict=True)
+            ]
+        )
+    run = vmap(lambda w, x: functional_call(network, w, (x,)), in_dims=(0, None if shared else 0))
+    if group >= count:
+        return run(weights, inputs)
+    chunks = zip(*(weight.split(group) for weight in weights.values()), strict=True)
+    each = [inputs] * math.ceil(count / group) if shared else inputs.split(group)
+    return torch.cat([run(dict(zip(weights, w, strict=True)), x) for w, x in zip(chunks, each, strict=True)])
+
+
+def _channels_last(inputs: Tensor) -> Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
+@torch.no_grad()
+def outputs(checkpoints: Checkpoints, inputs: Tensor, labels: Tensor | None = None) -> Outputs:
+    """Outputs of every checkpoint on the same inputs [Q, ...], in bounded memory, on the inputs' device."""
+    device = inputs.device
+    network = checkpoints.architecture.build().to(device)
+    group = calibrate(checkpoints.architecture, device, min(len(inputs), 256), len(checkpoints))
+    rows = max(group, min(256, IMAGES_AT_ONCE // len(inputs)), 1)  # checkpoints moved to the device at once
+    queries = max(IMAGES_AT_ONCE // group, 1)
+    parts = []
+    for start in range(0, len(checkpoints), rows):
+        weights = {name: weight[start : start + rows].to(device) for name, weight in checkpoints.weights.items()}
+        parts.append(torch.cat([logits(network, weights, batch, group) for batch in inputs.split(queries)], dim=1))
+    return Outputs(torch.cat(parts), labels)
+
+
+def calibrate(
+    architecture: Architecture,
+    device: torch.device,
+    queries: int,
+    count: int,
+    shared: bool = True,
+    training: bool = False,
+    threads: int | None = None,
+) -> int:
+    """The group size that runs `count` checkpoints fastest, measured once and remembered for this machine.
+
+    Args:
+        architecture: the base network.
+        device: where it runs.
+        queries: inputs per checkpoint.
+        count: how many checkpoints there are; larger groups are not tried.
+        shared: whether all checkpoints see the same inputs.
+        training: whether gradients are needed.
+        threads: intra-op threads, by default as many as now in use.
+    """
+    seconds = timings(architecture, device, queries, count, shared, training, threads)
+    return min(seconds, key=lambda group: seconds[group])
+
+
+def timings(
+    architecture: Architecture,
+    device: torch.device,
+    queries: int,
+    count: int,
+    shared: bool = True,
+    training: bool = False,
+    threads: int | None = None,
+) -> dict[int, float]:
+    """Seconds per checkpoint for each group size up to `count`, measured once and remembered; see `calibrate`."""
+    now = torch.get_num_threads()
+    threads = threads or now
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    groups = [size for size in GROUPS if size == 1 or (size <= count and size * queries <= IMAGES_AT_ONCE)]
+    cache = calibration_file()
+    known = _known(cache)
+    keys = {
+        size: f"{architecture.name} {json.dumps(architecture.arguments, sort_keys=True)} | {name} {threads} threads | "
+        f"torch {torch.__version__} | {queries} {'shared' if shared else 'own'} inputs | "
+        f"{'forward and backward' if training else 'forward'} | group {size}"
+        for size in groups
+    }
+    missing = [size for size in groups if keys[size] not in known]
+    if missing:
+        torch.set_num_threads(threads)
+        try:
+            calls = {size: _call(architecture, device, queries, size, shared, training) for size in missing}
+            for call in calls.values():
+                call()  # warm-up
+            best = dict.fromkeys(missing, math.inf)
+            for number in range(ROUNDS):  # the best of several rounds, the sizes in turn: machines are noisy
+                for size, call in calls.items():
+                    if number < 2 or best[size] < 2 * min(best.values()):  # out of the race after two rounds
+                        best[size] = min(best[size], _timed(call) / max(size, ALONE))
+            known.update({keys[size]: seconds for size, seconds in best.items()})
+        finally:
+            torch.set_num_threads(now)
+        with suppress(OSError):  # a home that cannot be written costs the time to measure again
+            write_json(cache, {**_known(cache), **known})
+    return {size: known[keys[size]] for size in groups}
+
+
+def _known(cache: Path) -> dict[str, float]:
+    """What was measured before; nothing where the file is missing or damaged, since it can be measured again."""
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def calibration_file() -> Path:
+    """Where measured strategies are remembered: $XDG_CACHE_HOME/weightspace/calibration.json; safe to delete."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weightspace" / "calibration.json"
+
+
+def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a base network takes."""
+    return cast(tuple[int, int, int], network.image_shape)
+
+
+def _call(
+    architecture: Architecture, device: torch.device, queries: int, group: int, shared: bool, training: bool
+) -> Callable[[], None]:
+    """One call at this group size, to be timed."""
+    network = architecture.build().to(device)
+    count = max(group, ALONE)
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: 0.1 * torch.randn(count, *s, generator=generator) for n, s in architecture.shapes.items()}
+    weights = {name: weight.to(device).requires_grad_(training) for name, weight in weights.items()}
+    batch = [queries] if shared else [count, queries]
+    inputs = torch.randn(*batch, *image_shape_of(network), generator=generator).to(device)
+
+    def call() -> None:
+        with torch.set_grad_enabled(training):
+            result = logits(network, weights, inputs, group, shared)
+            if training:
+                torch.autograd.grad(result.square().sum(), list(weights.values()))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Tables, figures and a page, made from a run's records and nothing else."""

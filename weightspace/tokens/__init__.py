@@ -1,0 +1,1 @@
+"""Weights as sequences of tokens."""

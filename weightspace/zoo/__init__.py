@@ -1,0 +1,1 @@
+"""Model zoos: populations of trained networks."""

@@ -1,0 +1,304 @@
+"""ModelZoo on disk: open, select, read, verify; the writer that fills one shard by shard.
+
+A zoo is a folder: zoo.json (schema version, architecture, task, provenance, size and checksum of every file),
+checkpoints.parquet (a row per checkpoint) and weights-00000.safetensors ... (each parameter stacked over the shard's
+checkpoints). Nothing in it is executable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weightspace.networks.architectures import Architecture
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import UserError, atomic, checksum, environment, fingerprint, read_json, write_json, write_tensors
+
+SCHEMA_VERSION = 1
+ZOO_FILE = "zoo.json"
+TABLE_FILE = "checkpoints.parquet"
+REQUIRED_COLUMNS = ("member", "epoch", "split", "shard", "row")
+
+
+class ModelZoo:
+    """A zoo opened for reading. Weights are read only when asked for, and only the rows asked for."""
+
+    def __init__(self, folder: Path, description: dict[str, Any], frame: pd.DataFrame) -> None:
+        self.folder = folder
+        self.description = description
+        self.frame = frame
+        """A row per checkpoint: member, epoch, split, shard, row and the properties."""
+        self.architecture = Architecture(**description["architecture"])
+        self.task: str = description["task"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ModelZoo:
+        """Open a zoo folder; sizes are checked, contents only by `verify`.
+
+        Raises:
+            UserError: the folder is not a zoo, is of another schema version, or a file is missing or of wrong size.
+        """
+        folder = Path(folder)
+        if not (folder / ZOO_FILE).is_file():
+            hint = "; its training was interrupted, run the same command again" if list(folder.glob("part-*")) else ""
+            reason = f"it has no finished {ZOO_FILE}{hint}" if folder.exists() else "it does not exist"
+            raise UserError(f"{folder} is not a zoo: {reason}")
+        description = read_json(folder / ZOO_FILE)
+        problems = list(_problems_of_description(folder, description))
+        if problems:
+            raise UserError(f"the zoo {folder} is damaged: {problems[0]}; `weightspace zoo verify` lists all problems")
+        try:
+            frame = pd.read_parquet(folder / TABLE_FILE)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} cannot be read ({error})") from None
+        missing = [column for column in REQUIRED_COLUMNS if column not in frame]
+        if missing:
+            raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} lacks {', '.join(missing)}")
+        return cls(folder, description, frame)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the content: two zoos with equal checkpoints have equal fingerprints."""
+        return self.description["fingerprint"]
+
+    def select(self, query: str | None = None, **conditions: Any) -> Checkpoints:
+        """Read the checkpoints that fulfil every condition.
+
+        Args:
+            query: a pandas query, such as "val_acc > 0.8 and epoch == 25".
+            conditions: a column with its value or list of values (split="test", epoch=[20, 25]); or min_ / max_ and
+                a column (min_val_acc=0.9), both inclusive.
+
+        Raises:
+            UserError: an unknown column, an invalid query, or nothing selected.
+        """
+        frame = self.frame
+        if query is not None:
+            try:
+                chosen = frame.eval(query)
+            except Exception as error:
+                raise UserError(f"invalid query {query!r}: {error}; columns: {', '.join(self.frame.columns)}") from None
+            if not isinstance(chosen, pd.Series) or chosen.dtype != bool:
+                raise UserError(f"the query {query!r} is no condition; write one such as 'val_acc > 0.8'")
+            frame = frame[chosen]
+        for name, value in conditions.items():
+            bound, column = name.split("_", 1) if name.startswith(("min_", "max_")) else ("", name)
+            if column not in frame:
+                raise UserError(f"the zoo has no column {column!r}; its columns are {', '.join(self.frame.columns)}")
+            try:
+                if bound:
+                    frame = frame[frame[column] >= value] if bound == "min" else frame[frame[column] <= value]
+                else:
+                    several = isinstance(value, Iterable) and not isinstance(value, str)
+                    frame = frame[frame[column].isin(list(value) if several else [value])]
+            except TypeError as error:
+                raise UserError(f"{name}={value!r} cannot be compared with column {column!r}: {error}") from None
+        if frame.empty:
+            asked = [query] if query else []
+            asked += [f"{name}={value!r}" for name, value in conditions.items()]
+            splits = ", ".join(f"{name} {count}" for name, count in self.frame["split"].value_counts().items())
+            raise UserError(f"no checkpoint of {self.folder} fulfils {' and '.join(asked)}; its splits: {splits}")
+        return self.read(frame)
+
+    def read(self, frame: pd.DataFrame) -> Checkpoints:
+        """Read the checkpoints of the given rows of `frame`, in their order."""
+        shapes = self.architecture.shapes
+        weights = {name: torch.empty(len(frame), *shape) for name, shape in shapes.items()}
+        order = frame.reset_index(drop=True)
+        for shard, rows in order.groupby("shard", sort=True):
+            target = torch.from_numpy(rows.index.to_numpy(copy=True))
+            source = torch.from_numpy(rows["row"].to_numpy(copy=True))
+            stacked = open_shard(self.folder / shard_name(int(str(shard))), shapes)
+            for name, weight in stacked.items():
+                weights[name][target] = weight[source]
+        return Checkpoints(self.architecture, weights, order.drop(columns=["shard", "row"]))
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"weights-{shard:05d}.safetensors"
+
+
+def open_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Memory-mapped parameters of one shard {name: [n, *shape]}; nothing is read until it is used.
+
+    Raises:
+        UserError: the file is damaged or does not hold these parameters.
+    """
+    try:
+        with safe_open(path, framework="pt") as shard:
+            names = set(shard.keys())
+            if names != set(shapes):
+                raise UserError(f"{path} holds {sorted(names)}, expected {sorted(shapes)}")
+            for name, shape in shapes.items():
+                found = tuple(shard.get_slice(name).get_shape())
+                if found[1:] != shape:
+                    raise UserError(f"{path}: {name} has shape {found}, expected (n, {', '.join(map(str, shape))})")
+            return {name: shard.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy or make the zoo again") from None
+
+
+def _problems_of_description(folder: Path, description: Any) -> Iterator[str]:
+    if not isinstance(description, dict):
+        yield f"{ZOO_FILE} is not a JSON object"
+        return
+    version = description.get("schema_version")
+    if version != SCHEMA_VERSION:
+        yield f"{ZOO_FILE} has schema version {version!r}, this weightspace reads version {SCHEMA_VERSION}"
+        return
+    missing = [key for key in ("architecture", "task", "files", "fingerprint") if key not in description]
+    if missing:
+        yield f"{ZOO_FILE} lacks {', '.join(missing)}"
+        return
+    files = description["files"]
+    entries = list(files.values()) if isinstance(files, dict) and TABLE_FILE in files else [None]
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        yield f"{ZOO_FILE} has a malformed list of files"
+        return
+    architecture = description["architecture"]
+    if not isinstance(architecture, dict) or architecture.keys() != {"name", "arguments"}:
+        yield f"{ZOO_FILE} has a malformed architecture, expected name and arguments, given {architecture!r}"
+        return
+    for name, file in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            yield f"{ZOO_FILE} names {name!r}, which is not a file of the zoo's own folder"
+        elif not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != file["bytes"]:
+            yield f"{name} has {path.stat().st_size} bytes, {file['bytes']} were written"
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a zoo folder, one sentence each; empty when it is intact.
+
+    Raises:
+        UserError: the folder is not a zoo.
+    """
+    folder = Path(folder)
+    if not (folder / ZOO_FILE).is_file():
+        raise UserError(f"{folder} is not a zoo: it has no {ZOO_FILE}")
+    description = read_json(folder / ZOO_FILE)
+    problems = list(_problems_of_description(folder, description))
+    readable = isinstance(description, dict) and isinstance(description.get("files"), dict)
+    if not readable or any(problem.startswith(f"{ZOO_FILE} has") for problem in problems):
+        return problems  # what it says of the files cannot be relied on
+    for name, file in description["files"].items():
+        path = folder / Path(name).name
+        whole = path.is_file() and path.stat().st_size == file["bytes"]
+        if whole and checksum(path) != file["sha256"]:
+            problems.append(f"{name} has changed since it was written (its checksum differs)")
+    if problems:
+        return problems
+    frame = pd.read_parquet(folder / TABLE_FILE)
+    shapes = Architecture(**description["architecture"]).shapes
+    for shard, rows in frame.groupby("shard"):
+        stacked = open_shard(folder / shard_name(int(str(shard))), shapes)
+        sizes = {len(weight) for weight in stacked.values()}
+        if sizes != {len(rows)} or sorted(rows["row"]) != list(range(len(rows))):
+            problems.append(f"{shard_name(int(str(shard)))} holds {sizes} rows, {TABLE_FILE} lists {len(rows)}")
+    return problems
+
+
+class ZooWriter:
+    """Fills a zoo folder shard by shard; a shard that was written is kept when the writer is interrupted."""
+
+    def __init__(self, folder: Path, architecture: Architecture, task: str, provenance: dict[str, Any]) -> None:
+        self.folder = folder
+        self.architecture = architecture
+        self.task = task
+        self.provenance = provenance
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard was written completely (its table of rows is written last)."""
+        return self._part(shard).exists()
+
+    def write(self, shard: int, checkpoints: Checkpoints) -> None:
+        """Write one shard: weights first, then its rows."""
+        write_tensors(self.folder / shard_name(shard), checkpoints.weights)
+        frame = checkpoints.frame.assign(shard=shard, row=np.arange(len(checkpoints)))
+        with atomic(self._part(shard)) as path:
+            frame.to_parquet(path, index=False)
+
+    def finish(self, shards: int) -> ModelZoo:
+        """Join the rows of all shards, describe the zoo, and open it."""
+        parts = [self._part(shard) for shard in range(shards)]
+        frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+        with atomic(self.folder / TABLE_FILE) as path:
+            frame.to_parquet(path, index=False)
+        names = [TABLE_FILE] + [shard_name(shard) for shard in range(shards)]
+        files = {
+            name: {"bytes": (self.folder / name).stat().st_size, "sha256": checksum(self.folder / name)}
+            for name in names
+        }
+        description = {
+            "schema_version": SCHEMA_VERSION,
+            "architecture": self.architecture.to_json(),
+            "task": self.task,
+            "provenance": {**self.provenance, "environment": environment()},
+            "files": files,
+            "fingerprint": fingerprint({name: file["sha256"] for name, file in files.items()}),
+        }
+        write_json(self.folder / ZOO_FILE, description)
+        for part in parts:
+            part.unlink()
+        return ModelZoo.open(self.folder)
+
+    def _part(self, shard: int) -> Path:
+        return self.folder / f"part-{shard:05d}.parquet"
+
+
+def overview(zoo: ModelZoo) -> pd.DataFrame:
+    """Per epoch: number of checkpoints and quartiles of the test accuracy."""
+    accuracy = zoo.frame.groupby("epoch")["test_acc"]
+    return accuracy.describe()[["count", "mean", "min", "25%", "50%", "75%", "max"]]
+
+
+def summary(zoo: ModelZoo) -> str:
+    """What `weightspace zoo show` prints."""
+    frame = zoo.frame
+    splits = ", ".join(f"{name} {rows['member'].nunique()}" for name, rows in frame.groupby("split"))
+    lines = [
+        f"zoo           {zoo.folder}",
+        f"base network  {zoo.architecture.name} {json.dumps(zoo.architecture.arguments)}, "
+        f"{zoo.architecture.parameter_count:,} parameters",
+        f"task          {zoo.task}",
+        f"members       {frame['member'].nunique():,} ({splits})",
+        f"checkpoints   {len(zoo):,}",
+    ]
+    constants = {"member", "epoch", "split", "shard", "row"}
+    for column in frame.columns.difference(list(constants), sort=False):
+        values = frame[column]
+        if values.nunique() <= 8:
+            lines.append(f"{column:<14}{', '.join(str(value) for value in sorted(values.unique()))}")
+        elif pd.api.types.is_numeric_dtype(values):
+            lines.append(f"{column:<14}{values.min():.4g} to {values.max():.4g}, median {values.median():.4g}")
+    if "test_acc" in frame:
+        lines += ["", "test accuracy by epoch", overview(zoo).round(4).to_string()]
+    return "\n".join(lines)
+
+
+def usable(checkpoints: Checkpoints, limit: float = 10_000) -> np.ndarray:
+    """Which checkpoints have only finite weights below `limit` in magnitude (REFERENCE filter of the field) [n]."""
+    flat = checkpoints.flat()
+    return (flat.isfinite().all(1) & (flat.abs() <= limit).all(1)).numpy()
+
+
+def check_numeric(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """Raise a UserError unless the frame has all these columns and they hold numbers."""
+    numeric = frame.select_dtypes("number").columns
+    wrong = [name for name in names if name not in numeric]
+    if wrong:
+        raise UserError(f"no numeric property {', '.join(wrong)}; the zoo has {', '.join(numeric)}")

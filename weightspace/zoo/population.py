@@ -1,0 +1,330 @@
+"""Train many networks at once: one vectorized step advances a whole group of members.
+
+Every member has its own initialization, learning rate, weight decay and data order, and ends with the weights that a
+plain torch.optim loop would give it (to float tolerance). Whether groups run vectorized in this process or in worker
+processes of one thread each is measured once per machine.
+
+Legend: n members, B images per step, C classes, P weights of one network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from joblib import Parallel, delayed, parallel_config
+from torch import Tensor
+
+from weightspace.config import ZooConfig, check
+from weightspace.networks import behavior
+from weightspace.networks.architectures import INITS, Architecture, initialize
+from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, unflatten
+from weightspace.runs import UserError, cores, derive_seed, notice, progress, read_json, write_json
+from weightspace.tasks.images import ImageTask, load_task
+from weightspace.zoo.model_zoo import ZOO_FILE, ModelZoo, ZooWriter
+
+UNIT = 64
+"""Most members that are trained and written together as one shard; what an interrupted run can lose."""
+UNIT_GPU = 1024
+"""The same on a GPU, which needs larger groups."""
+STRATEGY_FILE = "strategy.json"
+
+
+def grid(config: ZooConfig, seed: int) -> pd.DataFrame:
+    """The members: a row per init x seed x learning rate x weight decay, with its split.
+
+    The last `unseen_seeds` seeds are split 'unseen'; the others are divided at random, by member.
+    """
+    check(config, "zoo")
+    rows = [
+        {"init": init, "seed": number, "learning_rate": rate, "weight_decay": decay}
+        for init in config.inits
+        for number in range(config.seeds)
+        for rate in config.learning_rates
+        for decay in config.weight_decays
+    ]
+    members = pd.DataFrame(rows)
+    members.insert(0, "member", np.arange(len(members)))
+    unseen = members["seed"] >= config.seeds - config.unseen_seeds
+    seen = members.index[~unseen]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "zoo", "split"))
+    shuffled = seen[torch.randperm(len(seen), generator=generator).numpy()]
+    val, test = round(config.val_share * len(seen)), round(config.test_share * len(seen))
+    members["split"] = "train"
+    members.loc[unseen, "split"] = "unseen"
+    members.loc[shuffled[:val], "split"] = "val"
+    members.loc[shuffled[val : val + test], "split"] = "test"
+    absent = {"train", "val", "test", "unseen"} - set(members["split"])
+    if absent:
+        raise UserError(
+            f"a zoo of {len(members)} members with these shares has no member in {', '.join(sorted(absent))}; "
+            "raise zoo.seeds, zoo.unseen_seeds, zoo.val_share or zoo.test_share"
+        )
+    return members
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How n members are trained; one entry per member where it says [n]."""
+
+    learning_rate: Tensor
+    """[n]"""
+    weight_decay: Tensor
+    """[n]"""
+    orders: tuple[int, ...]
+    """n seeds of the data order; members with equal seeds see the same batches."""
+    optimizer: str = "adam"
+    batch_size: int = 32
+
+
+def data_order(order: int, epoch: int, count: int) -> Tensor:
+    """The order in which a member with this order seed sees `count` training images in this epoch [count]."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(order, "epoch", epoch)))
+
+
+def train(
+    architecture: Architecture,
+    weights: dict[str, Tensor],
+    task: ImageTask,
+    recipe: Recipe,
+    epochs: int,
+    group: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Train n networks together; yields (epoch, weights {name: [n, *shape]}) for epoch 0 (as given) to `epochs`.
+
+    Args:
+        architecture: their base network.
+        weights: where they start {name: [n, *shape]}.
+        task: its training images are used, on the device where they lie.
+        recipe: learning rates, weight decays, data orders, optimizer.
+        epochs: passes over the training images.
+        group: members per vectorized step (1: one after another).
+        advance: called with the number of steps taken, for a progress bar.
+    """
+    images, labels = task.train.images, task.train.labels
+    device = images.device
+    network = architecture.build().to(device).train()
+    flat = flatten({name: weight.to(device) for name, weight in weights.items()})  # [n, P]
+    update = Optimizer(recipe, flat)
+    yield 0, unflatten(architecture, flat.clone())
+    for epoch in range(1, epochs + 1):
+        orders = {order: data_order(order, epoch, len(labels)) for order in set(recipe.orders)}
+        order = torch.stack([orders[seed] for seed in recipe.orders]).to(device)  # [n, N]
+        for batch in order.split(recipe.batch_size, dim=1):  # [n, B]
+            flat.requires_grad_()
+            logits = behavior.logits(network, unflatten(architecture, flat), images[batch], group, shared=False)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels[batch].flatten(), reduction="sum") / batch.shape[1]
+            (gradient,) = torch.autograd.grad(losses, flat)  # [n, P]
+            flat = flat.detach()
+            update.step(flat, gradient)
+            advance(1)
+        yield epoch, unflatten(architecture, flat.clone())
+
+
+class Optimizer:
+    """torch.optim's Adam, AdamW and SGD (momentum 0.9) for n members, each with its own rate and decay, in place."""
+
+    def __init__(self, recipe: Recipe, flat: Tensor) -> None:
+        if recipe.optimizer not in ("adam", "adamw", "sgd"):
+            raise UserError(f"unknown optimizer {recipe.optimizer!r}; the optimizers are adam, adamw, sgd")
+        self.kind = recipe.optimizer
+        self.rate = recipe.learning_rate.to(flat)[:, None]  # [n, 1]
+        self.decay = recipe.weight_decay.to(flat)[:, None]  # [n, 1]
+        self.mean = torch.zeros_like(flat)
+        self.square = torch.zeros_like(flat)
+        self.steps = 0
+
+    def step(self, flat: Tensor, gradient: Tensor) -> None:
+        """Update the weights [n, P] in place. Formulas: torch.optim.Adam, AdamW and SGD."""
+        self.steps += 1
+        if self.kind == "adamw":
+            flat.mul_(1 - self.rate * self.decay)
+        else:
+            gradient = gradient.addcmul_(flat, self.decay)
+        if self.kind == "sgd":
+            self.mean.mul_(0.9).add_(gradient)
+            flat.addcmul_(self.mean, self.rate, value=-1)
+            return
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        denominator = (self.square.sqrt() / (1 - 0.999**self.steps) ** 0.5).add_(1e-8)
+        flat.sub_(self.mean / denominator * (self.rate / (1 - 0.9**self.steps)))
+
+
+def score(checkpoints: Checkpoints, task: ImageTask) -> Checkpoints:
+    """The same checkpoints with train, val and test loss and accuracy, and the gap (train - test accuracy)."""
+    properties = {}
+    for split in ("train", "val", "test"):
+        images = task.split(split)
+        outputs = behavior.outputs(checkpoints, images.images, images.labels)
+        properties[f"{split}_loss"] = outputs.loss.double().cpu().numpy()
+        properties[f"{split}_acc"] = outputs.accuracy.double().cpu().numpy()
+    frame = checkpoints.frame.assign(**properties)
+    return dataclasses.replace(checkpoints, frame=frame.assign(gap=frame["train_acc"] - frame["test_acc"]))
+
+
+def start_weights(architecture: Architecture, members: pd.DataFrame, seed: int) -> dict[str, Tensor]:
+    """Initial weights {name: [n, *shape]}; members that share init and seed start from the same weights."""
+    fresh: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for init, number in zip(members["init"], members["seed"], strict=True):
+        if (init, number) not in fresh:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "zoo", "init", init, number))
+            fresh[init, number] = initialize(architecture, init, generator)
+    each = [fresh[pair] for pair in zip(members["init"], members["seed"], strict=True)]
+    return {name: torch.stack([weights[name] for weights in each]) for name in architecture.shapes}
+
+
+def recipe_of(members: pd.DataFrame, config: ZooConfig, seed: int) -> Recipe:
+    """The recipe of some members of a grid; members of one seed see the same data order, as in the published zoos."""
+    return Recipe(
+        torch.tensor(members["learning_rate"].to_numpy(), dtype=torch.float32),
+        torch.tensor(members["weight_decay"].to_numpy(), dtype=torch.float32),
+        tuple(derive_seed(seed, "zoo", "order", number) for number in members["seed"]),
+        config.optimizer,
+        config.batch_size,
+    )
+
+
+def train_members(
+    config: ZooConfig,
+    members: pd.DataFrame,
+    task: ImageTask,
+    seed: int,
+    group: int,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Checkpoints:
+    """Train some members of the grid and score them at every epoch to be saved; rows are ordered by member, epoch."""
+    architecture = architecture_of(config, task)
+    weights = start_weights(architecture, members, seed)
+    recipe = recipe_of(members, config, seed)
+    kept = []
+    for epoch, now in train(architecture, weights, task, recipe, config.epochs, group, advance):
+        if epoch in config.save_epochs:
+            frame = members.reset_index(drop=True)
+            frame.insert(1, "epoch", epoch)
+            kept.append(score(Checkpoints(architecture, {k: w.cpu() for k, w in now.items()}, frame), task))
+    all_epochs = concatenate(kept)
+    return all_epochs.rows(all_epochs.frame.sort_values(["member", "epoch"], kind="stable").index.to_numpy())
+
+
+def architecture_of(config: ZooConfig, task: ImageTask) -> Architecture:
+    """The base network of a zoo config, with the channels and classes of its task.
+
+    Raises:
+        UserError: the network takes images of another size.
+    """
+    channels, height, width = task.image_shape
+    arguments = {"channels": channels, "classes": task.classes, "activation": config.activation}
+    architecture = Architecture(config.network, arguments)
+    takes = behavior.image_shape_of(architecture.build())
+    if takes != task.image_shape:
+        raise UserError(
+            f"{config.network} takes images of shape {takes}, but the images of {task.name!r} have "
+            f"{(channels, height, width)}; choose another zoo.network"
+        )
+    return architecture
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a population is trained; kept in the zoo's folder, so that an interrupted zoo is finished the same way."""
+
+    workers: int
+    """worker processes of one thread (1: this process with all threads)"""
+    group: int
+    """members per vectorized step"""
+    unit: int
+    """most members per shard"""
+
+
+def plan(config: ZooConfig, task: ImageTask, members: int, cores: int) -> Strategy:
+    """The fastest strategy for this network on this machine, by measurement; config.workers and .group overrule it."""
+    architecture = architecture_of(config, task)
+    device = task.train.images.device
+    unit = UNIT if device.type == "cpu" else UNIT_GPU
+
+    def fastest(threads: int | None) -> tuple[float, int]:
+        seconds = behavior.timings(
+            architecture, device, config.batch_size, min(members, unit), shared=False, training=True, threads=threads
+        )
+        group = config.group or min(seconds, key=lambda size: seconds[size])
+        return seconds.get(group, min(seconds.values())), group
+
+    together, group = fastest(None)
+    if device.type != "cpu" or config.workers == 1 or (cores == 1 and not config.workers):
+        return Strategy(1, group, unit)
+    apart, group_apart = fastest(1)
+    steps = config.epochs * -(-len(task.train.labels) // config.batch_size) * members
+    gain = (together - apart / cores) * steps  # seconds that workers would save
+    startup = 5.0  # seconds until a new process has imported torch
+    if config.workers or gain > max(startup, 0.2 * together * steps):
+        return Strategy(config.workers or cores, group_apart, unit)
+    return Strategy(1, group, unit)
+
+
+def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.device) -> ModelZoo:
+    """Train the whole grid and write it as a zoo; continues after the shards that are already there.
+
+    Raises:
+        UserError: an unknown task, network, init or activation, or a grid that leaves a split empty.
+    """
+    members = grid(config, seed)
+    task = load_task(config.task).to(device)
+    architecture = architecture_of(config, task)
+    for init in config.inits:
+        if init not in INITS:
+            raise UserError(f"unknown init {init!r}; the inits are {', '.join(sorted(INITS))}")
+    late = [epoch for epoch in config.save_epochs if not 0 <= epoch <= config.epochs]
+    if late:
+        raise UserError(f"zoo.save_epochs has {late}, outside 0 to zoo.epochs={config.epochs}")
+    if (folder / ZOO_FILE).exists():  # killed after the last write
+        return ModelZoo.open(folder)
+    writer = ZooWriter(folder, architecture, config.task, {"config": dataclasses.asdict(config), "seed": seed})
+    if (folder / STRATEGY_FILE).exists():
+        strategy = Strategy(**read_json(folder / STRATEGY_FILE))
+    else:
+        strategy = plan(config, task, len(members), cores())
+        write_json(folder / STRATEGY_FILE, dataclasses.asdict(strategy))
+    parts = np.array_split(np.arange(len(members)), -(-len(members) // strategy.unit))
+    units = [members.iloc[rows] for rows in parts]
+    todo = [unit for unit in range(len(units)) if not writer.has(unit)]
+    steps = config.epochs * -(-len(task.train.labels) // config.batch_size)
+    finished = len(members) - sum(len(units[unit]) for unit in todo)
+    with progress("zoo: training members", len(members), finished) as advance:
+        if strategy.workers == 1 or not todo:
+            for unit in todo:
+                share = len(units[unit]) / steps
+                part = train_members(config, units[unit], task, seed, strategy.group, lambda n, s=share: advance(n * s))
+                writer.write(unit, part)
+        else:
+            jobs = [(config, units[unit], seed, strategy.group, unit) for unit in todo]
+            for unit, part in _in_workers(strategy.workers, jobs):
+                writer.write(unit, part)
+                advance(len(units[unit]))
+    zoo = writer.finish(len(units))
+    diverged = zoo.frame.loc[~np.isfinite(zoo.frame["train_loss"]), "member"].unique()
+    if len(diverged):
+        notice(f"{len(diverged)} members diverged (their loss is not finite): {', '.join(map(str, diverged[:10]))}")
+    return zoo
+
+
+def _in_workers(
+    workers: int, jobs: list[tuple[ZooConfig, pd.DataFrame, int, int, int]]
+) -> Iterator[tuple[int, Checkpoints]]:
+    with parallel_config("loky", n_jobs=min(workers, len(jobs)), inner_max_num_threads=1):
+        done = Parallel(return_as="generator_unordered")(delayed(_work)(job) for job in jobs)
+        yield from cast(Iterator[tuple[int, Checkpoints]], done)
+
+
+def _work(job: tuple[ZooConfig, pd.DataFrame, int, int, int]) -> tuple[int, Checkpoints]:
+    config, members, seed, group, unit = job
+    torch.set_num_threads(1)
+    return unit, train_members(config, members, load_task(config.task), seed, group)
