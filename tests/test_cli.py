@@ -84,11 +84,18 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_results(finished:
     folder = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "weightspace.cli", "run", "smoke", "--out", str(folder), *TINY]
-    for seconds in (4.0, 5.0, 6.0, 7.0):
+    moments = (
+        "zoo/strategy.json", "zoo/checkpoints.parquet", "representations/structure/metrics.jsonl",
+        "representations/structure+behavior/state.pt", "reconstruct/stage.json", "generate/records.json",
+    )  # fmt: skip
+    for moment in moments:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
+        deadline = time.monotonic() + 120
+        while not (folder / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert not (folder / "results.json").exists()
     run("run", "smoke", "--out", folder, *TINY)
     assert (folder / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 

@@ -36,6 +36,14 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_a_folder_whose_first_write_was_killed_can_be_claimed(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".stage.json.0a1b2c3d.partial").write_text("{")
+    with stage(tmp_path, "zoo", {}) as todo:
+        assert todo
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "stage.json"]
+
+
 def test_derive_seed_is_stable() -> None:
     # the first 8 bytes of sha256("0/zoo/order/3"), halved (from sha256sum)
     assert derive_seed(0, "zoo", "order", 3) == 0xD68EF5E5644125F8 >> 1

@@ -138,7 +138,7 @@ def stage(folder: Path, name: str, config: dict[str, Any]) -> Iterator[bool]:
         raise UserError(f"{folder} is a file; choose a folder with --out")
     if record.exists():
         _check_claim(folder, record, claim)
-    elif folder.exists() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+    elif folder.exists() and any(not _litter(entry) for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a weightspace {name}; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +165,11 @@ def stage(folder: Path, name: str, config: dict[str, Any]) -> Iterator[bool]:
                 shutil.rmtree(folder)
             raise
         write_json(record, {**claim, "finished": True})
+
+
+def _litter(path: Path) -> bool:
+    """Whether a file is what a process leaves behind that was killed before its claim was written."""
+    return path.name == LOCK_FILE or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def _check_claim(folder: Path, record: Path, claim: dict[str, Any]) -> bool:
