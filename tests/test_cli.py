@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from weightspace import cli
 from weightspace.config import PRESETS, Experiment, LossConfig
@@ -82,7 +83,7 @@ def test_same_config_and_seed_give_the_same_results(finished: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_killed_at_any_moment_and_started_again_gives_the_same_results(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "weightspace.cli", "run", "smoke", "--out", str(folder), *TINY]
     moments = (
         "zoo/strategy.json", "zoo/checkpoints.parquet", "representations/structure/metrics.jsonl",

@@ -127,7 +127,8 @@ def _reduced(flat: dict[str, Array], config: ProbeConfig) -> dict[str, Array]:
     components = min(config.components, *flat["train"].shape)
     pca = PCA(components, svd_solver="covariance_eigh" if flat["train"].shape[1] < 4000 else "full")
     pca.fit(flat["train"])
-    return {split: pca.transform(values) for split, values in flat.items()}
+    real = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]  # the others are rounding
+    return {split: pca.transform(values)[:, real] for split, values in flat.items()}
 
 
 def _map(features: dict[str, Array], checkpoints: dict[str, Checkpoints]) -> pd.DataFrame:
