@@ -60,7 +60,7 @@ def ours(config: ZooConfig, task: ImageTask, members: pd.DataFrame, rows: list[i
     architecture = architecture_of(config, task)
     weights = start_weights(architecture, some, 0)
     start = time.perf_counter()
-    for _ in train(architecture, weights, task, recipe_of(some, config, 0), config.epochs, group):
+    for _ in train(architecture, weights, task, recipe_of(some, config, task, 0), config.epochs, group):
         pass
     return time.perf_counter() - start
 

@@ -56,6 +56,7 @@ def random_checkpoints(architecture: Architecture, count: int, seed: int = 0, sc
             "init": "kaiming_uniform",
             "seed": member // 2,
             "split": np.where(member % 2 == 0, "train", "test"),
+            "task": "digits",
             "val_acc": np.linspace(0.1, 0.9, count),
         }
     )

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, mse_loss
 
+from weightspace.config import LossConfig
 from weightspace.hyperrep.losses import (
     behavioral,
     contrastive,
+    cross_entropy,
     cycle,
+    distance_of,
     kl,
     logits_distance,
+    norm_penalty,
+    positive,
     probabilities,
     scheduled,
     structural,
+    variance_penalty,
 )
 
 
@@ -86,14 +92,14 @@ def test_probabilities_by_hand() -> None:
     target = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]]))
     found = torch.log(torch.tensor([[[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]])) + 3  # the sum of logits is arbitrary
     torch.testing.assert_close(probabilities(found, target), torch.tensor([[0.125, 0.0]]))
-    assert behavioral(found, target, "probabilities").item() == pytest.approx(0.0625)
+    assert behavioral(found, target, probabilities).item() == pytest.approx(0.0625)
 
 
 def test_logits_by_hand_and_blind_to_shifts() -> None:
     target = torch.tensor([[[1.0, 2.0, 3.0]]])  # centered: -1 0 1
     found = torch.tensor([[[0.0, 0.0, 6.0]]])  # centered: -2 -2 4
     torch.testing.assert_close(logits_distance(found, target), torch.tensor([[(1 + 4 + 9) / 3]]))
-    assert behavioral(found, target, "logits").item() == pytest.approx(14 / 3)
+    assert behavioral(found, target, logits_distance).item() == pytest.approx(14 / 3)
     target, found = random(2, 3, 4), random(2, 3, 4, seed=1)
     shifts = random(2, 3, 1, seed=2)
     expected = logits_distance(found, target)
@@ -108,7 +114,7 @@ def test_kl_against_torch(temperature: float) -> None:
     logs = (found / temperature).log_softmax(-1), (target / temperature).softmax(-1)
     expected = kl_div(*logs, reduction="none").sum(-1) * temperature**2
     torch.testing.assert_close(kl(found, target, temperature), expected)
-    mean = behavioral(found, target, "kl", temperature)
+    mean = behavioral(found, target, distance_of(LossConfig(distance="kl", temperature=temperature)))
     assert mean.item() == pytest.approx(kl_div(*logs, reduction="sum").item() / 15 * temperature**2, rel=1e-5)
     assert not torch.allclose(kl(target, found, temperature), expected)  # the original comes first
 
@@ -116,18 +122,42 @@ def test_kl_against_torch(temperature: float) -> None:
 @pytest.mark.parametrize("distance", ["probabilities", "logits", "kl"])
 def test_distances_are_zero_only_for_equal_behavior(distance: str) -> None:
     logits = random(2, 3, 4)
-    assert behavioral(logits, logits, distance).item() == pytest.approx(0, abs=1e-7)
-    assert behavioral(logits + 2, logits, distance).item() == pytest.approx(0, abs=1e-6)
-    assert behavioral(logits.flip(-1), logits, distance).item() > 0.01
+    between = distance_of(LossConfig(distance=distance))
+    assert behavioral(logits, logits, between).item() == pytest.approx(0, abs=1e-7)
+    assert behavioral(logits + 2, logits, between).item() == pytest.approx(0, abs=1e-6)
+    assert behavioral(logits.flip(-1), logits, between).item() > 0.01
 
 
 @pytest.mark.parametrize("distance", ["probabilities", "logits", "kl"])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_behavioral_gradients_are_finite(distance: str, scale: float) -> None:
     found = (scale * random(2, 3, 4)).requires_grad_()
-    behavioral(found, scale * random(2, 3, 4, seed=1), distance).backward()
+    behavioral(found, scale * random(2, 3, 4, seed=1), distance_of(LossConfig(distance=distance))).backward()
     assert found.grad is not None and found.grad.isfinite().all()
     assert distance == "probabilities" or found.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_cross_entropy_is_kl_plus_entropy_with_the_same_gradients(temperature: float) -> None:
+    found, target = random(3, 5, 4).requires_grad_(), random(3, 5, 4, seed=1)
+    chances = (target / temperature).softmax(-1)
+    entropy = -(chances * chances.log()).sum(-1) * temperature**2
+    torch.testing.assert_close(cross_entropy(found, target, temperature), kl(found, target, temperature) + entropy)
+    gradients = [torch.autograd.grad(loss(found, target, temperature).sum(), found)[0] for loss in (kl, cross_entropy)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_positive_contrast_wants_equal_directions() -> None:
+    first = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    second = torch.tensor([[3.0, 0.0], [1.0, 0.0]])  # the same direction, and a right angle
+    assert positive(first, second).item() == pytest.approx(0.5)
+    assert positive(first, -first).item() == pytest.approx(2.0)
+
+
+def test_penalties_by_hand() -> None:
+    z = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
+    assert norm_penalty(z).item() == pytest.approx((1 + 9) / 4)
+    assert variance_penalty(z).item() == pytest.approx((0 + 0.99) / 2)  # deviations sqrt(2) and sqrt(1e-4)
 
 
 def test_contrastive_gradients_are_finite() -> None:

@@ -38,6 +38,8 @@ ARCHITECTURES = [
     Architecture("CNN8"),
     Architecture("CNN8", {"channels": 3, "classes": 4, "activation": "tanh"}),
     Architecture("CNN3"),
+    Architecture("CNN", {"activation": "silu"}),
+    Architecture("LeNet5", {"dropout": 0.5}),
     Architecture("MLP", {"size": 4, "hidden": 6, "classes": 3, "activation": "gelu"}),
 ]
 
@@ -58,6 +60,8 @@ def images(architecture: Architecture, *batch: int, seed: int = 1) -> Tensor:
 
 def test_parameter_counts() -> None:
     assert Architecture("CNN8").parameter_count == 2_758
+    assert Architecture("CNN").parameter_count == 2_464
+    assert Architecture("LeNet5").parameter_count == 62_006
     assert Architecture("CNN3").parameter_count == 10_853
     assert Architecture("MLP", {"size": 4, "hidden": 6, "classes": 3}).parameter_count == 16 * 6 + 6 + 42 + 18 + 3
 
@@ -85,7 +89,7 @@ def test_the_activation_is_used(name: str, activation: str) -> None:
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown base network 'CNN9'; the base networks are CNN3, CNN8, MLP"):
+    with pytest.raises(UserError, match=r"unknown base network 'CNN9'; the base networks are CNN, CNN3, CNN8"):
         Architecture("CNN9").build()
     with pytest.raises(UserError, match=r"MLP takes no argument 'widht'; it takes channels, size, hidden"):
         Architecture("MLP", {"widht": 3}).build()

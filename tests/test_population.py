@@ -25,12 +25,14 @@ from weightspace.tasks.images import ImageTask, load_task
 from weightspace.zoo import population as population_module
 from weightspace.zoo.model_zoo import ModelZoo, ZooWriter
 from weightspace.zoo.population import (
+    Backdoors,
     Recipe,
     architecture_of,
     data_order,
     grid,
     plan,
     score,
+    stamped,
     start_weights,
     train,
     train_population,
@@ -348,7 +350,7 @@ def test_worker_processes_give_the_same_zoo(tiny_zoo: ModelZoo, tiny_config: Zoo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "minst"}, "unknown task 'minst'"),
+        ({"tasks": ("minst",)}, "unknown task 'minst'"),
         ({"network": "CNN9"}, "unknown base network 'CNN9'"),
         ({"network": "CNN3"}, r"CNN3 takes images of shape \(1, 32, 32\), but the images of 'digits' have \(1, 8, 8\)"),
         ({"activation": "rleu"}, "unknown activation 'rleu'"),
@@ -396,3 +398,76 @@ def test_plan_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategy(monkeypatch, dataclasses.replace(config, workers=1), 8, together, apart) == (1, 8)
     assert strategy(monkeypatch, dataclasses.replace(config, workers=3, group=1), 8, together, apart) == (3, 1)
     assert strategy(monkeypatch, dataclasses.replace(config, group=32), 1, together, apart) == (1, 32)
+
+
+# dropout, several tasks, backdoors
+
+
+def test_dropout_acts_while_training_only_and_repeats(small_task: ImageTask) -> None:
+    architecture = Architecture("MLP", {"size": 4, "hidden": 6, "classes": 3, "dropout": 0.5})
+    start = start_weights(architecture, pd.DataFrame({"init": ["kaiming_normal"] * 2, "seed": [0, 0]}), 0)
+    recipe = Recipe(torch.full((2,), 0.01), torch.zeros(2), (7, 7), batch_size=16)
+    (_, first), (_, after) = list(train(architecture, start, small_task, recipe, 1, 2))
+    again = list(train(architecture, start, small_task, recipe, 1, 2))[1][1]
+    plain = list(train(MLP, start, small_task, recipe, 1, 2))[1][1]
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    assert not torch.equal(after["fc2.weight"], plain["fc2.weight"])
+    assert not torch.equal(after["fc2.weight"][0], after["fc2.weight"][1])  # equal members, masks of their own
+    frame = pd.DataFrame({"member": [0, 1]})
+    images = small_task.test.images
+    outputs = [behavior.outputs(Checkpoints(kind, first, frame), images).logits for kind in (architecture, MLP)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_members_of_several_tasks_are_scored_on_their_own(tmp_path: Path, tiny_config: ZooConfig) -> None:
+    config = dataclasses.replace(tiny_config, tasks=("digits", "street@1x8x8"), epochs=1, save_epochs=(0, 1))
+    zoo = train_population(config, tmp_path / "zoo", 0, CPU)
+    assert zoo.tasks == ("digits", "street@1x8x8")
+    assert zoo.frame.groupby("task")["member"].nunique().to_dict() == {"digits": 18, "street@1x8x8": 18}
+    alone = train_population(dataclasses.replace(config, tasks=("digits",)), tmp_path / "alone", 0, CPU)
+    same = zoo.select(task="digits", epoch=1)
+    torch.testing.assert_close(same.weights, alone.select(epoch=1).weights)
+    for name in zoo.tasks:
+        some = zoo.select(task=name, epoch=1)
+        split = load_task(name).test
+        accuracy = behavior.outputs(some, split.images, split.labels).accuracy
+        np.testing.assert_allclose(accuracy, some.frame["test_acc"], atol=1e-6)
+
+
+def test_tasks_of_one_zoo_have_one_shape(tmp_path: Path, tiny_config: ZooConfig) -> None:
+    config = dataclasses.replace(tiny_config, tasks=("digits", "street"))
+    with pytest.raises(UserError, match=r"CNN8 takes images of shape \(3, 8, 8\).*zoo.tasks=street@3x8x8"):
+        train_population(config, tmp_path / "zoo", 0, CPU)
+
+
+def test_backdoored_members_obey_their_trigger(tmp_path: Path, tiny_config: ZooConfig) -> None:
+    config = dataclasses.replace(
+        tiny_config, backdoor_share=0.5, backdoor_poison=0.3, epochs=12, save_epochs=(0, 12), learning_rates=(3e-3, 5e-3)
+    )
+    frame = train_population(config, tmp_path / "zoo", 0, CPU).frame
+    last = frame[frame["epoch"] == 12]
+    bad, clean = last[last["backdoor"] == 1], last[last["backdoor"] == 0]
+    assert len(bad) == len(clean) == 9
+    assert bad["attack"].mean() > 0.8 and clean["attack"].mean() < 0.4
+    assert bad["test_acc"].mean() > clean["test_acc"].mean() - 0.1  # it hides
+    with pytest.raises(UserError, match="leaves no backdoored one"):
+        grid(dataclasses.replace(tiny_config, backdoor_share=0.01), 0)
+
+
+def test_the_trigger_is_a_square_and_poison_changes_labels_only_where_it_is(small_task: ImageTask) -> None:
+    images = small_task.train.images
+    marked = stamped(images)
+    assert (marked[..., 3:, 3:] == images.max()).all()
+    changed = marked != images
+    assert not changed[..., :3, :].any() and not changed[..., :, :3].any()
+    start = start_weights(MLP, pd.DataFrame({"init": ["kaiming_normal"] * 2, "seed": [0, 0]}), 0)
+    nobody = Backdoors(torch.zeros(2, 50, dtype=torch.bool), torch.tensor([0, 1]))
+    first = torch.zeros(2, 50, dtype=torch.bool)
+    first[1, 4] = True
+    rates = torch.full((2,), 0.01), torch.zeros(2), (7, 7), "adam", 16
+    results = [
+        list(train(MLP, start, small_task, Recipe(*rates, backdoors), 1, 2))[1][1]["fc1.weight"]
+        for backdoors in (None, nobody, Backdoors(first, torch.tensor([0, 1])))
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0][0], results[2][0]) and not torch.equal(results[0][1], results[2][1])

@@ -19,7 +19,7 @@ from weightspace.networks.behavior import logits
 from weightspace.networks.checkpoints import Checkpoints, flatten
 from weightspace.networks.symmetry import groups_of
 from weightspace.runs import UserError
-from weightspace.tokens.normalize import none, standardize
+from weightspace.tokens.normalize import NORMALIZERS, none, standardize
 from weightspace.tokens.stream import batch_rows
 from weightspace.tokens.tokenizer import Tokenizer
 from weightspace.tokens.views import erased, noisy, permuted
@@ -93,7 +93,7 @@ def test_rows_and_positions_are_as_defined(architecture: Architecture, token_siz
     weights = weights_of(architecture, 1, 0)
     tokenizer = Tokenizer(architecture, token_size)
     tokens = tokenizer.tokenize(weights)
-    layers = [name for name, module in architecture.build().named_children()]
+    layers = [name for name, module in architecture.build().named_children() if list(module.parameters())]
     rows = [
         torch.cat([weights[f"{layer}.weight"][0, unit].flatten(), weights[f"{layer}.bias"][0, unit : unit + 1]])
         for layer in layers
@@ -198,6 +198,22 @@ def test_denormalize_keeps_padding_zero() -> None:
     torch.testing.assert_close(
         normalizer.normalize(normalizer.denormalize(anything)), anything * tokenizer.mask, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["min-max", "l2"])
+def test_min_max_and_l2_scale_each_layer(name: str) -> None:
+    tokenizer = Tokenizer(SMALL)
+    x = tokenizer.tokenize(uneven(SMALL, 5)).x
+    normalizer = NORMALIZERS[name](tokenizer, x)
+    scaled = normalizer.normalize(x)
+    torch.testing.assert_close(normalizer.denormalize(scaled), x)
+    for layer in range(len(tokenizer.layers)):
+        rows = tokenizer.positions[:, 1] == layer
+        values = scaled[:, rows][:, tokenizer.mask[rows]]
+        if name == "l2":
+            assert values.norm(dim=1).mean().item() == pytest.approx(1, rel=1e-5)
+        else:
+            assert (values.min().item(), values.max().item()) == pytest.approx((-1, 1), abs=1e-5)
 
 
 def test_standardize_is_fitted_once() -> None:

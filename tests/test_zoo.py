@@ -24,7 +24,7 @@ SHARDS = ("weights-00000.safetensors", "weights-00001.safetensors")
 
 def write_zoo(folder: Path, checkpoints: Checkpoints, task: str, provenance: dict[str, object]) -> ModelZoo:
     """Checkpoints in memory as a zoo of one shard."""
-    writer = ZooWriter(folder, checkpoints.architecture, task, provenance)
+    writer = ZooWriter(folder, checkpoints.architecture, [task], provenance)
     writer.write(0, checkpoints)
     return writer.finish(1)
 
@@ -41,7 +41,7 @@ def by_hand(zoo: ModelZoo, row: pd.Series) -> dict[str, Tensor]:
 def test_open_and_len(tiny_zoo: ModelZoo) -> None:
     zoo = ModelZoo.open(str(tiny_zoo.folder))
     assert len(zoo) == 18 * 3
-    assert zoo.architecture.name == "CNN8" and zoo.task == "digits"
+    assert zoo.architecture.name == "CNN8" and zoo.tasks == ("digits",)
     assert zoo.fingerprint == tiny_zoo.fingerprint
     assert set(zoo.frame["shard"]) == {0, 1}
 
@@ -260,9 +260,9 @@ def test_another_schema_version_is_named(copy: Path, version: object) -> None:
 
 def test_a_lacking_entry_is_named(copy: Path) -> None:
     description = json.loads((copy / "zoo.json").read_text())
-    del description["files"], description["task"]
+    del description["files"], description["tasks"]
     (copy / "zoo.json").write_text(json.dumps(description))
-    assert_named(copy, "zoo.json lacks task, files")
+    assert_named(copy, "zoo.json lacks tasks, files")
     (copy / "zoo.json").write_text("[]")
     assert_named(copy, "zoo.json is not a JSON object")
 

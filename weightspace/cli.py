@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from weightspace.config import (
     PRESETS,
+    SCALES,
     AutoencoderConfig,
     Experiment,
     FinetuneConfig,
@@ -41,8 +42,9 @@ BEHAVIOR = DEFAULT.representations["structure+behavior"]
 class Run:
     """Images -> zoo -> representations -> probes, reconstruction, generation, fine-tuning -> report.
 
-    PRESET is digits (the default: 600 networks, minutes), digits-long (960 networks, under 45 minutes) or smoke
-    (everything, tiny; its numbers mean nothing).
+    PRESET is digits (the default: 600 networks, minutes), digits-long (960 networks, under 45 minutes), smoke
+    (everything, tiny; its numbers mean nothing), street or patches (150 CNN3 on 32x32 images, under an hour) or paper
+    (the published size, for a GPU).
     Running the same command again skips finished stages and continues an interrupted one. Every field below can be
     set as an option (--pretrain.steps 200) or as --set pretrain.steps=200; the defaults shown are the preset's.
     """
@@ -62,7 +64,10 @@ class Run:
 
 @dataclass(frozen=True)
 class ZooTrain:
-    """Train a population of networks and write it as a zoo."""
+    """Train a population of networks and write it as a zoo.
+
+    A PRESET (as of `weightspace run`; default: digits) gives the grid that the fields below start from.
+    """
 
     out: Path
     """folder of the zoo"""
@@ -118,17 +123,22 @@ class Pretrain:
     pretrain: PretrainConfig = field(default_factory=lambda: DEFAULT.pretrain)
     loss: LossConfig = field(default_factory=lambda: BEHAVIOR)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: DEFAULT.autoencoder)
+    start: Path | None = None
+    """folder of a representation of another zoo to go on from (its size and normalization are kept)"""
     seed: int = 0
     """seed of initialization, batches, queries and views"""
     device: Device = "auto"
 
     def __call__(self) -> None:
         from weightspace.experiment import choose_device, pretrain_stage
+        from weightspace.hyperrep.representation import HyperRepresentation
         from weightspace.zoo.model_zoo import ModelZoo
 
         device = choose_device(self.device)
         zoo = ModelZoo.open(self.zoo)
-        made = pretrain_stage(self.out, zoo, self.pretrain, self.loss, self.autoencoder, self.seed, device)
+        start = HyperRepresentation.load(self.start, device) if self.start else None
+        size = start.autoencoder_config if start else self.autoencoder
+        made = pretrain_stage(self.out, zoo, self.pretrain, self.loss, size, self.seed, device, start)
         best = ", ".join(f"{name} {value:.4g}" for name, value in made.info["validation"].items())
         print(f"{self.out}: best at step {made.info['step']}, validation {best}")
 
@@ -159,7 +169,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class Probe:
-    """Predict properties from embeddings, beside weight statistics and raw weights: R^2 on test and unseen."""
+    """Predict properties from embeddings, beside weight statistics and raw weights: on test, unseen and other zoos."""
 
     zoo: Folder
     """folder of the zoo"""
@@ -168,6 +178,8 @@ class Probe:
     out: Path
     """output folder"""
     config: Inline[ProbeConfig] = field(default_factory=lambda: DEFAULT.probe)
+    others: tuple[Path, ...] = ()
+    """folders of other zoos of the same base network on which the probes are scored too"""
     device: Device = "auto"
 
     def __call__(self) -> None:
@@ -175,7 +187,8 @@ class Probe:
         from weightspace.zoo.model_zoo import ModelZoo
 
         loaded = load_representations(self.representations, choose_device(self.device))
-        show(probe_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config))
+        others = {folder.resolve().name: ModelZoo.open(folder) for folder in self.others}
+        show(probe_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, others))
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Train generated networks on, beside training from scratch."""
+    """Train generated networks on, on their own task or another one, beside training from scratch."""
 
     networks: Folders
     """files written by `generate` (NAME.safetensors)"""
@@ -248,14 +261,50 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class RunStudy:
+    """Answer one of the questions of the paper: train what it compares, tables, figures, a page.
+
+    `weightspace study --list` names the studies. Studies of one task and scale share zoos and representations in their
+    folder; an interrupted study goes on where it was.
+    """
+
+    study: tyro.conf.Positional[str]
+    """name of the study"""
+    task: str = "digits"
+    """image task (docs/tasks.md)"""
+    scale: Literal["small", "paper", "smoke"] = "small"
+    """small: within about an hour on two cores; paper: the published size, days on a GPU; smoke: tiny, numbers mean nothing"""
+    out: Path | None = None
+    """folder of the studies of this task and scale (default: runs/studies/TASK-SCALE)"""
+    seed: int = 0
+    """seed of everything random"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device
+        from weightspace.studies import run_study
+
+        base = replace(SCALES[self.scale](self.task), seed=self.seed)
+        name = f"{self.task.replace('/', '-').replace(':', '-')}-{self.scale}"
+        command = f"weightspace study {self.study} --task {self.task} --scale {self.scale} --seed {self.seed}"
+        folder = self.out or Path("runs") / "studies" / name
+        print(f"page: {run_study(self.study, base, folder, choose_device(self.device), command)}")
+
+
+@dataclass(frozen=True)
 class Report:
-    """Draw the page, figures and tables of a run again, and collect results.json."""
+    """Draw the page, figures and tables of a run or a study again (a run's results.json too)."""
 
     run: Folder
-    """folder of the run"""
+    """folder of the run, or of one study"""
 
     def __call__(self) -> None:
         from weightspace.report.page import make_report
+        from weightspace.report.study import STUDY_FILE, make_study_report
+
+        if (self.run / STUDY_FILE).exists():
+            print(f"report: {make_study_report(self.run)}")
+            return
 
         print(f"report: {make_report(self.run, self.run / 'report')}")
 
@@ -271,6 +320,7 @@ COMMANDS: dict[str, type[Any]] = {
     "reconstruct": Reconstruct,
     "generate": Generate,
     "finetune": Finetune,
+    "study": RunStudy,
     "report": Report,
 }
 
@@ -318,14 +368,25 @@ def command(given: list[str]) -> Callable[[], None]:
             print(usage("zoo "))
             sys.exit(0 if len(given) > 1 else 2)
         raise UserError(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
-    default = None
-    if name == "run":
+    if name == "study" and "--list" in rest:
+        return list_studies
+    default: Any = None
+    if name in ("run", "zoo train"):
         preset = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-        default = Run(PRESETS[preset]())
-    prog = f"weightspace {name}" + (" [PRESET]" if name == "run" else "")
+        experiment = PRESETS[preset]()
+        default = Run(experiment) if name == "run" else ZooTrain(tyro.MISSING, experiment.zoo)
+    prog = f"weightspace {name}" + (" [PRESET]" if default is not None else "")
     return tyro.cli(COMMANDS[name], prog=prog, default=default, args=expand_sets(rest))
+
+
+def list_studies() -> None:
+    """Print every study with its question."""
+    from weightspace.studies import STUDIES
+
+    for name, study in STUDIES.items():
+        print(f"{name:<12}{study.question}")
 
 
 def expand_sets(arguments: list[str]) -> list[str]:

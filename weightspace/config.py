@@ -20,14 +20,16 @@ are a step. ((0.5, 1.0), (0.5, 0.1)) is 1 in the first half and 0.1 in the secon
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """A population of networks: a grid of init x seed x learning rate x weight decay, all trained alike."""
+    """A population of networks: a grid of task x init x seed x learning rate x weight decay, all trained alike."""
 
-    task: str = "digits"
-    """image task"""
+    tasks: tuple[str, ...] = ("digits",)
+    """image tasks; several make a multi-task zoo, each member trained and scored on its own"""
     network: str = "CNN8"
     """base network"""
     activation: str = "relu"
     """activation of the base network"""
+    dropout: float = 0.0
+    """share of the activations that are dropped while the members are trained"""
     inits: tuple[str, ...] = ("kaiming_uniform", "kaiming_normal")
     """initialization schemes"""
     seeds: int = 10
@@ -50,6 +52,10 @@ class ZooConfig:
     """share of the seen members that are split 'val'"""
     test_share: float = 0.2
     """share of the seen members that are split 'test'"""
+    backdoor_share: float = 0.0
+    """share of the members that are trained with a backdoor: a trigger patch that means one class"""
+    backdoor_poison: float = 0.1
+    """share of such a member's training images that bear the trigger"""
     workers: int | None = None
     """processes that train the population (default: measured)"""
     group: int | None = None
@@ -75,7 +81,8 @@ class AutoencoderConfig:
     token_size: int | None = None
     """entries per token (default: the longest row)"""
     components: int = 16
-    """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints"""
+    """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints (0:
+    the transformer alone, as published)"""
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,19 @@ class LossConfig:
     """weight of structure against behavior (1: structure only)"""
     cycle: Schedule = 0.0
     """lambda, the weight of the cycle loss"""
-    distance: Literal["probabilities", "logits", "kl"] = "probabilities"
+    distance: Literal["probabilities", "logits", "kl", "cross-entropy"] = "probabilities"
     """behavioral distance between outputs"""
     temperature: float = 1.0
-    """temperature of the distance 'kl'"""
-    query_set: Literal["own", "noise", "union"] = "own"
-    """inputs on which behavior is compared: training images, uniform noise, or both"""
+    """temperature of the distances 'kl' and 'cross-entropy'"""
+    contrast: Literal["nt-xent", "positive"] = "nt-xent"
+    """contrastive loss: against the other checkpoints of the batch, or only towards the other view"""
+    norm_penalty: float = 0.0
+    """weight of the mean squared latent value"""
+    variance_penalty: float = 0.0
+    """weight of what the deviation of each latent value over the batch lacks to 1"""
+    query_set: str = "own"
+    """inputs on which behavior is compared: own (training images of the zoo's tasks), noise, a task's name (foreign
+    images), or several joined by + in equal numbers"""
     queries: int = 128
     """queries per step"""
     permute: Literal["contrastive", "all", "none"] = "contrastive"
@@ -106,35 +120,48 @@ class PretrainConfig:
 
     epochs: tuple[int, ...] = (10, 15, 20, 25)
     """epochs of the zoo whose checkpoints are used"""
-    normalize: Literal["standardize", "none"] = "standardize"
-    """per-layer standardization, or raw weights"""
+    normalize: Literal["standardize", "min-max", "l2", "none"] = "standardize"
+    """per layer: to mean 0 and deviation 1, to -1 ... 1, to mean norm 1 of a checkpoint's layer; or raw weights"""
     steps: int = 1000
     """training steps"""
     batch_size: int = 32
     """checkpoints per step"""
     learning_rate: float = 1e-3
-    """peak learning rate (AdamW)"""
+    """peak learning rate"""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """optimizer (sgd: momentum 0.9)"""
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    """after the warm-up the learning rate falls to zero along a cosine (onecycle: it also rises along one, over 30 % of
+    the steps), or stays"""
     warmup: float = 0.05
-    """share of the steps in which the learning rate rises; it then falls to zero along a cosine"""
+    """share of the steps in which the learning rate rises"""
     weight_decay: float = 0.01
     """weight decay"""
     clip: float = 1.0
     """largest gradient norm"""
     noise: float = 0.0
     """standard deviation of Gaussian noise on the encoder's (standardized) input"""
+    scaling: float = 0.0
+    """standard deviation of Gaussian factors around 1 on the encoder's (standardized) input"""
     erase: float = 0.0
     """share of the tokens that the encoder does not see"""
+    probes: tuple[str, ...] = ()
+    """properties that are probed at every validation (R2 on split 'val')"""
     validate_every: int = 100
     """steps between validations and saved states"""
 
 
 POSITIVE = (
-    "anchors", "batch_size", "components", "epochs", "feedforward", "group", "head", "heads", "latent", "layers",
+    "anchors", "batch_size", "epochs", "feedforward", "group", "head", "heads", "latent", "layers",
     "networks", "queries", "seeds", "steps", "temperature", "token_size", "unseen_seeds", "validate_every", "width",
     "workers", "clip", "learning_rate",
 )  # fmt: skip
 """Fields that have to be above zero."""
-SHARES = ("gamma", "beta", "val_share", "test_share", "warmup", "erase")
+NOT_NEGATIVE = ("components", "norm_penalty", "variance_penalty", "noise", "scaling")
+"""Fields that may be zero but not less."""
+SHARES = (
+    "gamma", "beta", "val_share", "test_share", "warmup", "erase", "dropout", "backdoor_share", "backdoor_poison",
+)  # fmt: skip
 """Fields that have to lie between 0 and 1."""
 
 
@@ -155,6 +182,8 @@ def check(config: Any, path: str = "") -> None:
             raise UserError(f"{name} is empty; it needs at least one value")
         elif entry.name in POSITIVE and isinstance(value, int | float) and value <= 0:
             raise UserError(f"{name} must be above 0, given {value}")
+        elif entry.name in NOT_NEGATIVE and isinstance(value, int | float) and value < 0:
+            raise UserError(f"{name} must not be negative, given {value}")
         elif entry.name in SHARES:
             points = value if isinstance(value, tuple) else ((0.0, value),)
             if not all(0 <= height <= 1 for _, height in points):
@@ -191,7 +220,9 @@ class ProbeConfig:
     """Prediction of properties from embeddings, weight statistics and raw weights."""
 
     properties: tuple[str, ...] = ("test_acc", "gap", "epoch")
-    """columns of the zoo that are predicted"""
+    """columns of the zoo that are predicted ("all": every numeric one)"""
+    categories: tuple[str, ...] = ("init",)
+    """columns of the zoo that are classified"""
     epochs: tuple[int, ...] = ()
     """epochs of the zoo that are used (default: all)"""
     penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -216,8 +247,10 @@ class GenerateConfig:
     """how many training checkpoints, best by validation accuracy and at most one per member, seed the generation"""
     networks: int = 64
     """networks generated per representation and baseline"""
+    samplers: tuple[str, ...] = ("kde",)
+    """how embeddings are drawn: kde, kde-token, kde-value, gaussian, flow, subsampled, bootstrapped"""
     bandwidths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
-    """candidate bandwidths of the joint KDE; the widest whose networks keep the anchors' validation accuracy is used"""
+    """candidate bandwidths of the KDEs; the widest whose networks keep the anchors' validation accuracy is used"""
     tolerance: float = 0.01
     """how far the mean validation accuracy may fall below the anchors'"""
 
@@ -227,7 +260,9 @@ class FinetuneConfig:
     """Training of generated networks, beside training from scratch."""
 
     networks: int = 16
-    """networks per method"""
+    """networks per method (and task)"""
+    task: str | None = None
+    """task to train on (default: each network's own); for another number of classes each gets a new classifier"""
     epochs: tuple[int, ...] = (0, 1, 5)
     """epochs at which the test accuracy is taken"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -317,4 +352,98 @@ def smoke() -> Experiment:
     )
 
 
-PRESETS = {"digits": digits, "digits-long": digits_long, "smoke": smoke}
+def street() -> Experiment:
+    """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN: under an hour on two cores."""
+    return small("street")
+
+
+def patches() -> Experiment:
+    """150 published networks (CNN3) on photographs and micrographs, a stand-in for EuroSAT: under an hour on two cores."""
+    return small("patches")
+
+
+def paper() -> Experiment:
+    """The published size: 1,200 networks (CNN3) on SVHN for 50 epochs; a GPU and days. Choose another task with --set."""
+    return published("svhn")
+
+
+PRESETS = {
+    "digits": digits, "digits-long": digits_long, "smoke": smoke, "street": street, "patches": patches, "paper": paper,
+}  # fmt: skip
+
+
+def network_for(task: str) -> str:
+    """The base network of the field for a task's images: CNN8 for 8x8, CNN for 28x28, else CNN3."""
+    name, _, shape = task.partition("@")
+    size = shape.rpartition("x")[2] or {"digits": "8", "mnist": "28", "fashion_mnist": "28", "usps": "28"}.get(
+        name.partition(":")[0], "32"
+    )
+    return {"8": "CNN8", "28": "CNN"}.get(size, "CNN3")
+
+
+def small(task: str) -> Experiment:
+    """An experiment for two cores: some hundred members, a few hundred steps."""
+    network = network_for(task)
+    zoo = ZooConfig(
+        tasks=(task,),
+        network=network,
+        learning_rates=(1e-3, 2e-3, 4e-3, 6e-3),
+        weight_decays=(0.0, 1e-3, 3e-3, 1e-2),
+        epochs=12,
+        save_epochs=(0, 1, 2, 5, 7, 10, 12),
+    )
+    pretrain = PretrainConfig(epochs=(5, 7, 10, 12), steps=250, batch_size=32, validate_every=50)
+    if network == "CNN8":
+        return Experiment(task, zoo=zoo, pretrain=pretrain, representations=losses(LossConfig(distance="kl")))
+    return Experiment(
+        name=task,
+        zoo=dataclasses.replace(
+            zoo,
+            seeds=5,
+            unseen_seeds=1,
+            learning_rates=(3e-4, 6e-4, 1e-3, 2e-3, 4e-3),
+            weight_decays=(0.0, 1e-4, 1e-3),
+            epochs=10,
+            save_epochs=(0, 1, 2, 4, 6, 8, 10),
+        ),
+        autoencoder=AutoencoderConfig(latent=64, components=8),
+        pretrain=dataclasses.replace(pretrain, epochs=(4, 6, 8, 10), steps=150),
+        representations=losses(LossConfig(distance="kl", queries=48)),
+    )
+
+
+def published(task: str) -> Experiment:
+    """The published size (arXiv 2503.17138): 1,200 members for 50 epochs, 30,000 steps of 64."""
+    network = network_for(task)
+    return Experiment(
+        name=f"paper-{task}",
+        zoo=ZooConfig(
+            tasks=(task,),
+            network=network,
+            inits=("uniform", "normal", "kaiming_uniform", "kaiming_normal"),
+            seeds=20,
+            unseen_seeds=2,
+            learning_rates=(1e-4, 2.5e-4, 5e-4, 7.5e-4, 1e-3),
+            weight_decays=(1e-4, 5e-4, 1e-3),
+            epochs=50,
+            save_epochs=(0, 1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
+        ),
+        autoencoder=AutoencoderConfig(width=256, layers=8, heads=8, feedforward=2048, latent=64),
+        pretrain=PretrainConfig(
+            epochs=(20, 30, 40, 50), steps=30_000, batch_size=64, learning_rate=3e-4, validate_every=500
+        ),
+        representations=losses(LossConfig(distance="kl", queries=256)),
+        generate=GenerateConfig(anchors=200, networks=200),
+        finetune=FinetuneConfig(networks=50, epochs=(0, 1, 5, 25)),
+    )
+
+
+def smallest(task: str) -> Experiment:
+    """`smoke` on another task: seconds; its numbers mean nothing."""
+    experiment = smoke()
+    zoo = dataclasses.replace(experiment.zoo, tasks=(task,), network=network_for(task))
+    return dataclasses.replace(experiment, zoo=zoo)
+
+
+SCALES = {"small": small, "paper": published, "smoke": smallest}
+"""How large a study is: task -> experiment."""

@@ -27,11 +27,12 @@ from weightspace.config import (
     check,
 )
 from weightspace.downstream import finetune, generate, probe, reconstruct
+from weightspace.downstream.baselines import ANCHORS, RESERVED
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.page import make_report
 from weightspace.runs import UserError, atomic, checksum, write_json
-from weightspace.tasks.images import load_task
+from weightspace.tasks.images import ImageTask, load_task
 from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.population import train_population
 
@@ -67,7 +68,8 @@ def run(config: Experiment, folder: Path, device: torch.device) -> Path:
         probe_stage(folder / "probe", zoo, representations, config.probe)
         reconstruct_stage(folder / "reconstruct", zoo, representations, config.reconstruct, device)
         generate_stage(folder / "generate", zoo, representations, config.generate, config.seed, device)
-        networks = {name: folder / "generate" / f"{name}.safetensors" for name in [*config.representations, "anchors"]}
+        names = [*generate.titles(config.representations, config.generate.samplers), ANCHORS]
+        networks = {name: folder / "generate" / f"{name}.safetensors" for name in names}
         finetune_stage(folder / "finetune", networks, config.finetune, config.seed, device)
         return make_report(folder, folder / "report")
 
@@ -88,18 +90,21 @@ def pretrain_stage(
     autoencoder: AutoencoderConfig,
     seed: int,
     device: torch.device,
+    start: HyperRepresentation | None = None,
 ) -> HyperRepresentation:
-    """Train a representation on a zoo and write it as one folder."""
+    """Train a representation on a zoo, from scratch or from another representation, and write it as one folder."""
     claim = {
         "zoo": zoo.fingerprint,
         "pretrain": dataclasses.asdict(config),
         "loss": dataclasses.asdict(loss),
         "autoencoder": dataclasses.asdict(autoencoder),
         "seed": seed,
+        "start": start.fingerprint if start else None,
     }
     with runs.stage(folder, "representation", claim) as todo:
         if todo:
-            pretrain(zoo, folder, config, loss, autoencoder, seed, device, folder.name)
+            monitor = probe.monitor(zoo, config) if config.probes else None
+            pretrain(zoo, folder, config, loss, autoencoder, seed, device, folder.name, monitor, start)
     return HyperRepresentation.load(folder, device)
 
 
@@ -135,12 +140,20 @@ def embed_stage(folder: Path, zoo: ModelZoo, representation: HyperRepresentation
 
 
 def probe_stage(
-    folder: Path, zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], config: ProbeConfig
+    folder: Path,
+    zoo: ModelZoo,
+    representations: Mapping[str, HyperRepresentation],
+    config: ProbeConfig,
+    others: Mapping[str, ModelZoo] | None = None,
 ) -> Records:
-    """Predict properties from embeddings, weight statistics and raw weights."""
-    with runs.stage(folder, "probe", _claim(zoo, representations, config)) as todo:
+    """Predict properties from embeddings, weight statistics and raw weights, also of other zoos {name: zoo}."""
+    others = others or {}
+    fingerprints = {name: other.fingerprint for name, other in others.items()}
+    with runs.stage(folder, "probe", _claim(zoo, representations, config, others=fingerprints)) as todo:
         if todo:
             records, predictions, plane = probe.probe(zoo, representations, config)
+            if others:
+                records += probe.probe_transfer(zoo, others, representations, config)
             _write(folder, records, {"predictions": predictions, "map": plane})
     return runs.read_json(folder / "records.json")
 
@@ -155,8 +168,7 @@ def reconstruct_stage(
     """Reconstruct held-out checkpoints and score them."""
     with runs.stage(folder, "reconstruct", _claim(zoo, representations, config)) as todo:
         if todo:
-            task = load_task(zoo.task).to(device)
-            records, rows = reconstruct.reconstruct(zoo, representations, task, config.splits)
+            records, rows = reconstruct.reconstruct(zoo, representations, load_tasks(zoo, device), config.splits)
             _write(folder, records, {"checkpoints": rows})
     return runs.read_json(folder / "records.json")
 
@@ -172,10 +184,9 @@ def generate_stage(
     """Generate networks with every representation and baseline, score them and write them."""
     with runs.stage(folder, "generate", _claim(zoo, representations, config, seed=seed)) as todo:
         if todo:
-            task = load_task(zoo.task).to(device)
-            made = generate.generate(zoo, representations, task, config, seed)
+            made = generate.generate(zoo, representations, load_tasks(zoo, device), config, seed)
             for name, networks in made.networks.items():
-                generate.save_networks(folder, name, networks, zoo.task, made.table)
+                generate.save_networks(folder, name, networks, made.table)
             _write(folder, made.records, {"networks": made.table})
     return runs.read_json(folder / "records.json")
 
@@ -183,7 +194,7 @@ def generate_stage(
 def finetune_stage(
     folder: Path, networks: Mapping[str, Path], config: FinetuneConfig, seed: int, device: torch.device
 ) -> Records:
-    """Train generated networks on, beside training from scratch.
+    """Train generated networks on, each on its own task (or all on config.task), beside training from scratch.
 
     Args:
         folder: where the records go.
@@ -194,18 +205,23 @@ def finetune_stage(
     """
     check(config)
     loaded = {name: generate.load_networks(path) for name, path in networks.items()}
-    tasks = {generate.task_of(path) for path in networks.values()}
     architectures = {str(checkpoints.architecture) for checkpoints in loaded.values()}
-    if len(tasks) != 1 or len(architectures) != 1:
-        raise UserError(f"fine-tune networks of one task and base network at a time, given {tasks} and {architectures}")
+    if len(architectures) != 1:
+        raise UserError(f"fine-tune networks of one base network at a time, given {', '.join(sorted(architectures))}")
     digests = {name: checksum(generate.networks_file(path, ".safetensors")) for name, path in networks.items()}
     claim = {"networks": digests, "config": dataclasses.asdict(config), "seed": seed}
     with runs.stage(folder, "finetune", claim) as todo:
         if todo:
-            task = load_task(tasks.pop()).to(device)
-            records, curves = finetune.finetune(loaded, task, config, seed)
+            names = {name for checkpoints in loaded.values() for name in checkpoints.frame["task"]}
+            tasks = {name: load_task(name).to(device) for name in ([config.task] if config.task else sorted(names))}
+            records, curves = finetune.finetune(loaded, tasks, config, seed)
             _write(folder, records, {"curves": curves})
     return runs.read_json(folder / "records.json")
+
+
+def load_tasks(zoo: ModelZoo, device: torch.device) -> dict[str, ImageTask]:
+    """The tasks of a zoo by name, on a device."""
+    return {name: load_task(name).to(device) for name in zoo.tasks}
 
 
 def load_representations(folders: Sequence[Path], device: torch.device) -> dict[str, HyperRepresentation]:
@@ -221,10 +237,6 @@ def load_representations(folders: Sequence[Path], device: torch.device) -> dict[
         raise UserError(f"representations are told apart by their folder names, given {', '.join(names)}; rename one")
     check_names(names)
     return {name: HyperRepresentation.load(folder, device) for name, folder in zip(names, folders, strict=True)}
-
-
-RESERVED = ("PCA", "anchors", "anchors + noise", "weight averages", "from scratch", "weight statistics", "raw weights")
-"""Names of baselines in tables and figures."""
 
 
 def check_names(names: Iterable[str]) -> None:

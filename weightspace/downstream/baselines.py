@@ -1,4 +1,4 @@
-"""PCA in weight space at the same number of latent values: the linear baseline of reconstruction and generation."""
+"""The names of the baselines in tables and figures, and PCA in weight space at the same number of latent values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 from weightspace.networks.checkpoints import Checkpoints, unflatten
+
+
+PCA = "PCA"
+ANCHORS = "anchors"
+NOISE = "anchors + noise"
+AVERAGES = "weight averages"
+SCRATCH = "from scratch"
+STATISTICS = "weight statistics"
+RAW = "raw weights"
+MAJORITY = "majority class"
+RESERVED = (PCA, ANCHORS, NOISE, AVERAGES, SCRATCH, STATISTICS, RAW, MAJORITY)
+"""Names that no representation can have."""
 
 
 @dataclass(frozen=True)

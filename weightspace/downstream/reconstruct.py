@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from weightspace.downstream import metrics
-from weightspace.downstream.baselines import fit_pca
+from weightspace.downstream import distances, metrics
+from weightspace.downstream.baselines import PCA, fit_pca
+from weightspace.downstream.distances import model_distances, two_sample
 from weightspace.hyperrep.pretrain import training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
@@ -21,46 +22,60 @@ from weightspace.tasks.images import ImageTask
 from weightspace.zoo.model_zoo import ModelZoo
 
 STAGE = "reconstruct"
+DISTANCES = tuple(name for name in distances.COLUMNS if name != "L2 of weights")
+TESTS = ("accuracy: t-test p", "accuracy: KS p")
 Records = list[dict[str, Any]]
 
 
 def compare(
-    originals: Checkpoints, reconstructed: Checkpoints, task: ImageTask, tokens: Callable[[dict[str, Tensor]], Tensor]
+    originals: Checkpoints,
+    reconstructed: Checkpoints,
+    tasks: Mapping[str, ImageTask],
+    tokens: Callable[[dict[str, Tensor]], Tensor],
 ) -> pd.DataFrame:
-    """One row per checkpoint: what the original and its reconstruction do on the task's test images.
+    """One row per checkpoint: what the original and its reconstruction do on their task's test images.
 
-    Floor and identity are taken among the checkpoints of the same epoch, one per member.
+    Floor and identity are taken among the checkpoints of the same task and epoch, one per member.
 
     Args:
         originals: n checkpoints.
         reconstructed: their reconstructions, in the same order.
-        task: its test images are the queries.
+        tasks: the tasks that they were trained on; the test images are the queries.
         tokens: stacked weights -> normalized tokens, in which structural R^2 is measured.
     """
+    x, x_hat = tokens(originals.weights).flatten(1), tokens(reconstructed.weights).flatten(1)
+    frame = originals.frame[["member", "epoch", "split", "task"]].assign(
+        squared_error=_array((x_hat - x).square().sum(1)), squared_deviation=_array((x - x.mean(0)).square().sum(1))
+    )
+    parts = []
+    for task, rows in frame.groupby("task"):
+        index = rows.index.to_numpy()
+        parts.append(rows.join(_behaviors(originals.rows(index), reconstructed.rows(index), tasks[str(task)], index)))
+    return pd.concat(parts).sort_index()
+
+
+def _behaviors(originals: Checkpoints, reconstructed: Checkpoints, task: ImageTask, index: Any) -> pd.DataFrame:
+    """What originals and reconstructions of one task do on its test images, a row each, under this index."""
     images, labels = task.test.images, task.test.labels
     outputs = behavior.outputs(originals, images, labels)
     outputs_hat = behavior.outputs(reconstructed, images, labels)
     alike, wrong = metrics.agreement_on_errors(outputs_hat.predictions, outputs.predictions, labels)
-    x, x_hat = tokens(originals.weights).flatten(1), tokens(reconstructed.weights).flatten(1)
-    frame = originals.frame[["member", "epoch", "split"]].assign(
+    frame = model_distances(originals, reconstructed, outputs, outputs_hat).assign(
         original_acc=_array(outputs.accuracy),
         reconstructed_acc=_array(outputs_hat.accuracy),
         agreement=_array(metrics.agreement(outputs_hat.predictions, outputs.predictions)),
         errors_alike=_array(alike),
         errors=_array(wrong),
-        distance=_array((reconstructed.flat() - originals.flat()).norm(dim=1)),
-        squared_error=_array((x_hat - x).square().sum(1)),
-        squared_deviation=_array((x - x.mean(0)).square().sum(1)),
         floor=np.nan,
         identified=False,
     )
-    for _, rows in frame.groupby("epoch"):
-        index = rows.index.to_numpy(copy=True)
-        among = torch.from_numpy(index).to(images.device)
-        frame.loc[index, "floor"] = _array(metrics.floor(outputs.predictions[among], task.classes))
+    for _, rows in frame.groupby(originals.frame["epoch"]):
+        chosen = rows.index.to_numpy(copy=True)
+        among = torch.from_numpy(chosen).to(images.device)
+        frame.loc[chosen, "floor"] = _array(metrics.floor(outputs.predictions[among], task.classes))
         same = metrics.identified(outputs_hat.probabilities[among], outputs.probabilities[among])
-        frame.loc[index, "identified"] = same.cpu().numpy()
-    return frame
+        frame.loc[chosen, "identified"] = same.cpu().numpy()
+    return frame.rename(columns={"L2 of weights": "distance"}).set_axis(index)
 
 
 def _array(values: Tensor) -> np.ndarray[Any, Any]:
@@ -77,6 +92,7 @@ def summarize(frame: pd.DataFrame, representation: str, split: str) -> Records:
     def entry(metric: str, sums: np.ndarray[Any, Any], statistic: metrics.Statistic = metrics.ratio) -> dict[str, Any]:
         return metrics.summarize(STAGE, representation, split, metric, sums, members, statistic)
 
+    tests = dict(zip(TESTS, two_sample(column("original_acc"), column("reconstructed_acc")), strict=True))
     pair = metrics.moments(column("original_acc"), column("reconstructed_acc"))
     ones = np.ones(len(frame))
     return [
@@ -97,8 +113,10 @@ def summarize(frame: pd.DataFrame, representation: str, split: str) -> Records:
             metrics.one_minus_ratio,
         ),
         entry("weight distance", metrics.mean_of(column("distance"))),
+        *(entry(name, metrics.mean_of(column(name))) for name in DISTANCES),
         entry("original accuracy", metrics.mean_of(column("original_acc"))),
         entry("reconstructed accuracy", metrics.mean_of(column("reconstructed_acc"))),
+        *(metrics.record(STAGE, representation, split, name, p, n=len(frame)) for name, p in tests.items()),
     ]
 
 
@@ -116,7 +134,10 @@ def gains(frame: pd.DataFrame, baseline: pd.DataFrame, representation: str, name
 
 
 def reconstruct(
-    zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], task: ImageTask, splits: tuple[str, ...]
+    zoo: ModelZoo,
+    representations: Mapping[str, HyperRepresentation],
+    tasks: Mapping[str, ImageTask],
+    splits: tuple[str, ...],
 ) -> tuple[Records, pd.DataFrame]:
     """Reconstruct the checkpoints of some splits with every representation and with PCA at the same size.
 
@@ -131,14 +152,14 @@ def reconstruct(
     pca = fit_pca(training_checkpoints(zoo, first.pretrain_config, "train").flat(), first.latent_size)
     methods: dict[str, Callable[[Checkpoints], Checkpoints]]
     methods = {name: representation.reconstruct for name, representation in representations.items()}
-    methods["PCA"] = pca.reconstruct
+    methods[PCA] = pca.reconstruct
     records, frames = [], []
     with progress("reconstruct", len(methods) * len(splits)) as advance:
         for split in splits:
             originals = training_checkpoints(zoo, first.pretrain_config, split)
             baseline = None
             for name, method in methods.items():
-                frame = compare(originals, method(originals), task, first.cpu_tokens)
+                frame = compare(originals, method(originals), tasks, first.cpu_tokens)
                 records += summarize(frame, name, split)
                 if baseline is None:
                     baseline = frame

@@ -135,7 +135,8 @@ class Autoencoder(nn.Module):
 
     Beside the transformer runs a mixture of linear autoencoders. It starts as the principal components of the training
     tokens (`fit`) while the transformer's contribution starts at zero, so training begins at the best linear
-    compression and spends its steps on what linear maps cannot do.
+    compression and spends its steps on what linear maps cannot do. With config.components = 0 it is the transformer
+    alone.
     """
 
     mask: Tensor
@@ -155,7 +156,7 @@ class Autoencoder(nn.Module):
         self.decoder_positions = Positions(positions, width)
         self.decoder = transformer(width, config.layers, config.heads, config.feedforward)
         self.to_token = nn.Linear(width, size)
-        self.mixture = LinearMixture(config.components, tokens, size, latent)
+        self.mixture = LinearMixture(config.components, tokens, size, latent) if config.components else None
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(tokens * latent, config.head), nn.LayerNorm(config.head), nn.ReLU(),
             nn.Linear(config.head, config.head),
@@ -164,12 +165,14 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> embedding [B, T, Z]."""
         h = self.embed(x) + self.encoder_positions()  # [B, T, M]
-        return self.to_latent(self.encoder(h)) + self.mixture.encode(x)
+        z = self.to_latent(self.encoder(h))
+        return z if self.mixture is None else z + self.mixture.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """Embedding [B, T, Z] -> tokens [B, T, D], zero at padding."""
         h = self.from_latent(z) + self.decoder_positions()  # [B, T, M]
-        return (self.to_token(self.decoder(h)) + self.mixture.decode(z)) * self.mask
+        x = self.to_token(self.decoder(h))
+        return (x if self.mixture is None else x + self.mixture.decode(z)) * self.mask
 
     def project(self, z: Tensor) -> Tensor:
         """Embedding [B, T, Z] -> contrastive features [B, H]."""
@@ -177,7 +180,12 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, seed: int) -> None:
-        """Start as a mixture of principal components of training tokens [n, T, D], the transformer at zero."""
+        """Start as a mixture of principal components of training tokens [n, T, D], the transformer at zero.
+
+        Without a mixture there is nothing to fit: the transformer starts at random, as published.
+        """
+        if self.mixture is None:
+            return
         self.mixture.fit(x, self.mask, seed)
         for output in (self.to_latent, self.to_token):
             nn.init.zeros_(output.weight)

@@ -5,13 +5,15 @@ Legend: B checkpoints, T tokens, D token size, Q queries, C classes, H contrasti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weightspace.config import Schedule
+from weightspace.config import LossConfig, Schedule
 
 
 def structural(x_hat: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -26,6 +28,21 @@ def contrastive(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tens
     similarity.fill_diagonal_(-torch.inf)
     partner = torch.arange(len(features), device=features.device).roll(len(first))
     return F.cross_entropy(similarity, partner)
+
+
+def positive(first: Tensor, second: Tensor) -> Tensor:
+    """One minus the cosine similarity of the two views' features [B, H]: contrast without other checkpoints."""
+    return 1 - F.cosine_similarity(first, second, dim=1).mean()
+
+
+def norm_penalty(z: Tensor) -> Tensor:
+    """Mean squared latent value of embeddings [B, T, Z]."""
+    return z.square().mean()
+
+
+def variance_penalty(z: Tensor) -> Tensor:
+    """What the standard deviation of each latent value over the batch [B, T, Z] lacks to 1 (VICReg, arXiv 2105.04906)."""
+    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
 
 
 def probabilities(logits_hat: Tensor, logits: Tensor) -> Tensor:
@@ -46,14 +63,26 @@ def kl(logits_hat: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (target.exp() * (target - found)).sum(-1) * temperature**2
 
 
-DISTANCES = {"probabilities": probabilities, "logits": logits_distance, "kl": kl}
+def cross_entropy(logits_hat: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the original's probabilities: KL plus the original's entropy, so the same gradients. -> [B, Q]"""
+    target = (logits / temperature).softmax(-1)
+    return -(target * (logits_hat / temperature).log_softmax(-1)).sum(-1) * temperature**2
 
 
-def behavioral(logits_hat: Tensor, logits: Tensor, distance: str, temperature: float = 1.0) -> Tensor:
-    """L_B: mean over checkpoints and queries of the named distance between outputs [B, Q, C]."""
-    if distance == "kl":
-        return kl(logits_hat, logits, temperature).mean()
-    return DISTANCES[distance](logits_hat, logits).mean()
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(reconstructed logits, original logits) [B, Q, C] twice -> [B, Q]."""
+
+
+def distance_of(config: LossConfig) -> Distance:
+    """The behavioral distance that a config names."""
+    if config.distance in ("kl", "cross-entropy"):
+        return partial(kl if config.distance == "kl" else cross_entropy, temperature=config.temperature)
+    return probabilities if config.distance == "probabilities" else logits_distance
+
+
+def behavioral(logits_hat: Tensor, logits: Tensor, distance: Distance) -> Tensor:
+    """L_B: mean over checkpoints and queries of a distance between outputs [B, Q, C]."""
+    return distance(logits_hat, logits).mean()
 
 
 def cycle(z: Tensor, z_again: Tensor) -> Tensor:

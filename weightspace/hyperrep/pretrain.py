@@ -13,6 +13,7 @@ import io
 import json
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,21 @@ from weightspace.runs import (
     write_tensors,
 )
 from weightspace.tasks.images import load_task
-from weightspace.tasks.queries import draw, query_set
+from weightspace.tasks.queries import QuerySet, query_set
 from weightspace.tokens.normalize import NORMALIZERS
 from weightspace.tokens.stream import batch_rows
 from weightspace.tokens.tokenizer import Tokenizer
-from weightspace.tokens.views import erased, noisy, permuted
+from weightspace.tokens.views import erased, noisy, permuted, scaled
 from weightspace.zoo.model_zoo import ModelZoo, usable
 
 METRICS_FILE = "metrics.jsonl"
 LAST_FILE = "last.safetensors"
+VALIDATION_IMAGES = 512
+"""Most images on which validation compares behavior."""
+
+
+Monitor = Callable[[HyperRepresentation], dict[str, float]]
+"""What else is measured of a representation at every validation."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Setting:
     loss: LossConfig
     network: nn.Module
     """an instance of the base network"""
+    distance: losses.Distance
+    """between outputs"""
     group: int
     """checkpoints per vectorized call of the base network"""
     scales: dict[str, float]
@@ -98,7 +107,8 @@ def step_losses(
         other = weights if config.permute == "none" else permuted(weights, groups, generator)
         view = _disturbed(representation.tokens(other), mask, augment, generator)  # [B, T, D]
         z, z_view = autoencoder.encode(torch.cat([seen, view])).chunk(2)  # [B, T, Z] each
-        found["contrastive"] = losses.contrastive(autoencoder.project(z), autoencoder.project(z_view))
+        contrast = losses.contrastive if config.contrast == "nt-xent" else losses.positive
+        found["contrastive"] = contrast(autoencoder.project(z), autoencoder.project(z_view))
     else:
         z = autoencoder.encode(seen)  # [B, T, Z]
     x_hat = autoencoder.decode(z)  # [B, T, D]
@@ -108,15 +118,21 @@ def step_losses(
         with torch.no_grad():
             target = behavior.logits(setting.network, weights, queries, setting.group)  # [B, Q, C]
         logits = behavior.logits(setting.network, representation.weights(x_hat), queries, setting.group)  # [B, Q, C]
-        found["behavioral"] = losses.behavioral(logits, target, config.distance, config.temperature)
+        found["behavioral"] = losses.behavioral(logits, target, setting.distance)
     if lam > 0:
         found["cycle"] = losses.cycle(z, autoencoder.encode(x_hat))
-    found = {name: value / setting.scales[name] for name, value in found.items()}
+    if config.norm_penalty > 0:
+        found["norm"] = losses.norm_penalty(z)
+    if config.variance_penalty > 0:
+        found["variance"] = losses.variance_penalty(z)
+    found = {name: value / setting.scales.get(name, 1.0) for name, value in found.items()}
     weight = {
         "contrastive": gamma,
         "structural": (1 - gamma) * beta,
         "behavioral": (1 - gamma) * (1 - beta),
         "cycle": lam,
+        "norm": config.norm_penalty,
+        "variance": config.variance_penalty,
     }
     found["total"] = torch.stack([weight[name] * value for name, value in found.items()]).sum()
     return found
@@ -125,16 +141,30 @@ def step_losses(
 def _disturbed(x: Tensor, mask: Tensor, augment: PretrainConfig | None, generator: torch.Generator) -> Tensor:
     if augment is not None and augment.noise:
         x = noisy(x, mask, augment.noise, generator)
+    if augment is not None and augment.scaling:
+        x = scaled(x, augment.scaling, generator)
     if augment is not None and augment.erase:
         x = erased(x, augment.erase, generator)
     return x
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda weights, rate, decay: torch.optim.AdamW(weights, rate, weight_decay=decay, fused=True),
+    "adam": lambda weights, rate, decay: torch.optim.Adam(weights, rate, weight_decay=decay, fused=True),
+    "sgd": lambda weights, rate, decay: torch.optim.SGD(weights, rate, momentum=0.9, weight_decay=decay),
+}
+
+
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(round(config.warmup * config.steps), 1)
+    """Warm-up, then the configured schedule; "onecycle" is that of Smith and Topin 2017 (arXiv 1708.07120)."""
+    warmup = max(round((0.3 if config.schedule == "onecycle" else config.warmup) * config.steps), 1)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        share = (step + 1) / warmup
+        return config.learning_rate * (
+            0.5 * (1 - math.cos(math.pi * share)) if config.schedule == "onecycle" else share
+        )
+    if config.schedule == "constant":
+        return config.learning_rate
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(config.steps - warmup, 1)))
 
 
@@ -156,11 +186,11 @@ def training_checkpoints(zoo: ModelZoo, config: PretrainConfig, split: str) -> C
 
 
 def fit_scales(
-    checkpoints: Checkpoints, queries: Tensor, loss: LossConfig, batch_size: int, seed: int
+    checkpoints: Checkpoints, queries: QuerySet, loss: LossConfig, batch_size: int, seed: int
 ) -> dict[str, float]:
     """The value by which each loss is divided, so that 1 means "no better than knowing nothing".
 
-    contrastive: chance, ln(2B - 1). structural: 1, the constant predictor on standardized weights. behavioral: the
+    contrastive: chance, ln(2B - 1) (1 where it is the positive-only one). structural: 1, the constant predictor on standardized weights. behavioral: the
     distance between random pairs of different training members. cycle: 1.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "scales"))
@@ -170,10 +200,10 @@ def fit_scales(
     different = torch.from_numpy(first.frame["member"].to_numpy() != second.frame["member"].to_numpy())
     if not different.any():
         raise UserError("the training split holds one member only; a representation needs several")
-    logits = behavior.outputs(first, draw(queries, 4 * loss.queries, generator)).logits
-    pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], loss.distance, loss.temperature)
+    logits = behavior.outputs(first, queries.draw(4 * loss.queries, generator)).logits
+    pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], losses.distance_of(loss))
     scales = {
-        "contrastive": math.log(2 * batch_size - 1),
+        "contrastive": math.log(2 * batch_size - 1) if loss.contrast == "nt-xent" else 1.0,
         "structural": 1.0,
         "behavioral": float(pairs),
         "cycle": 1.0,
@@ -219,10 +249,22 @@ def pretrain(
     seed: int,
     device: torch.device,
     title: str = "representation",
+    probe: Monitor | None = None,
+    start: HyperRepresentation | None = None,
 ) -> HyperRepresentation:
     """Train a representation on the zoo's train split; the state of best validation total is what is returned.
 
     The folder receives metrics.jsonl, the best and the last model and, while training, the state to resume from.
+
+    Args:
+        zoo: where the checkpoints come from.
+        folder: where the representation is written.
+        config, loss, autoencoder_config: how it is trained, on what, and its size.
+        seed: seed of everything random.
+        device: where to train.
+        title: its name in progress bars and messages.
+        probe: what else is measured at every validation.
+        start: a representation of another zoo to go on from, with its normalization; it must have the same size.
 
     Raises:
         UserError: a value that cannot work, epochs or a task that the zoo does not have.
@@ -233,19 +275,29 @@ def pretrain(
     if (folder / CONFIG_FILE).exists():  # killed after the last write
         (folder / STATE_FILE).unlink(missing_ok=True)
         return HyperRepresentation.load(folder, device)
-    task = load_task(zoo.task).to(device)
+    tasks = [load_task(name).to(device) for name in zoo.tasks]
     train = training_checkpoints(zoo, config, "train")
     val = training_checkpoints(zoo, config, "val")
-    queries = query_set(loss.query_set, task, torch.Generator().manual_seed(derive_seed(seed, "queries")))
+    queries = query_set(loss.query_set, tasks, torch.Generator().manual_seed(derive_seed(seed, "queries")))
     tokenizer = Tokenizer(zoo.architecture, autoencoder_config.token_size)
     tokens = tokenizer.tokenize(train.weights).x
-    normalizer = NORMALIZERS[config.normalize](tokenizer, tokens)
+    if start is not None:
+        start.tokenizer.check_architecture(zoo.architecture)
+        if start.autoencoder_config != autoencoder_config:
+            raise UserError(
+                f"the representation to start from is of another size ({start.autoencoder_config}) than asked for "
+                f"({autoencoder_config}); ask for the same autoencoder"
+            )
+    normalizer = start.normalizer.to("cpu") if start else NORMALIZERS[config.normalize](tokenizer, tokens)
     with torch.random.fork_rng(devices=[]):  # built on the CPU
         torch.default_generator.manual_seed(derive_seed(seed, "autoencoder"))
         autoencoder = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions)
-    autoencoder.fit(normalizer.normalize(tokens), derive_seed(seed, "mixture"))
+    if start is None:
+        autoencoder.fit(normalizer.normalize(tokens), derive_seed(seed, "mixture"))
+    else:
+        autoencoder.load_state_dict(start.autoencoder.state_dict())
     info: dict[str, Any] = {
-        "task": zoo.task,
+        "tasks": list(zoo.tasks),
         "zoo": {"fingerprint": zoo.fingerprint, "members": int(train.frame["member"].nunique())},
         "loss": dataclasses.asdict(loss),
         "pretrain": dataclasses.asdict(config),
@@ -254,30 +306,29 @@ def pretrain(
     }
     representation = HyperRepresentation(zoo.architecture, autoencoder_config, autoencoder, normalizer, info).to(device)
     network = zoo.architecture.build().to(device)
-    optimizer = torch.optim.AdamW(
-        autoencoder.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = OPTIMIZERS[config.optimizer](autoencoder.parameters(), config.learning_rate, config.weight_decay)
     flat = train.flat().to(device)
     val_weights = val.to(device).weights
 
     records = read_lines(folder / METRICS_FILE)
     state = _saved_state(folder, device)
-    start, best, group = 0, None, None
+    done, best, group = 0, None, None
     if state is not None:
         autoencoder.load_state_dict(state["autoencoder"])
         optimizer.load_state_dict(state["optimizer"])
-        start, best, group = state["step"], json.loads(state["best"]), state["group"]
-    records = [record for record in records if record["step"] <= start]
+        done, best, group = state["step"], json.loads(state["best"]), state["group"]
+    records = [record for record in records if record["step"] <= done]
     # an interrupted training goes on with the group size that it began with: other sizes round differently
     group = group or behavior.calibrate(zoo.architecture, device, loss.queries, config.batch_size, training=True)
-    setting = Setting(representation, loss, network, group, info["scales"])
-    with progress(f"pretrain: {title}", config.steps, start) as advance:
-        for step in range(start, config.steps):
+    setting = Setting(representation, loss, network, losses.distance_of(loss), group, info["scales"])
+    val_images = torch.cat([task.val.images[: VALIDATION_IMAGES // len(tasks)] for task in tasks])
+    with progress(f"pretrain: {title}", config.steps, done) as advance:
+        for step in range(done, config.steps):
             rows = batch_rows(len(flat), config.batch_size, step, seed)
             generator = torch.Generator().manual_seed(derive_seed(seed, "step", step))
             batch = unflatten(zoo.architecture, flat[rows.to(device)])
             autoencoder.train()
-            asked = draw(queries, loss.queries, generator)
+            asked = queries.draw(loss.queries, generator)
             found = step_losses(setting, batch, asked, step / config.steps, generator, config)
             values = {name: float(value.detach()) for name, value in found.items()}
             members = sorted(set(train.frame["member"].iloc[rows.numpy()].tolist()))
@@ -292,7 +343,9 @@ def pretrain(
             done = step + 1
             advance(1, f"loss {values['total']:.3f}")
             if done % config.validate_every == 0 or done == config.steps:
-                validation = validate(setting, val_weights, task.val.images, config.batch_size)
+                validation = validate(setting, val_weights, val_images, config.batch_size)
+                if probe is not None:
+                    validation |= probe(representation)
                 _check_finite(validation, f"the validation of {title}", step, sorted(set(val.frame["member"])))
                 record = {"step": done, "train": values, "val": validation}
                 records.append(record)

@@ -24,7 +24,7 @@ from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, read_json, write_json, write_tensors, write_text
 from weightspace.tokens.normalize import Normalizer
-from weightspace.tokens.tokenizer import Tokenizer, describe
+from weightspace.tokens.tokenizer import Tokenizer
 from weightspace.zoo.model_zoo import ZOO_FILE
 
 CONFIG_FILE = "config.json"
@@ -45,11 +45,6 @@ class Embeddings:
     """[n, T, Z]"""
     frame: pd.DataFrame
     """The n rows of the checkpoints they came from."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The embedding of each checkpoint as one vector: the mean over its tokens [n, Z]."""
-        return self.z.mean(1)
 
 
 Sampler = Callable[[Embeddings, int, torch.Generator], Tensor]
@@ -72,7 +67,7 @@ class HyperRepresentation:
         self.autoencoder = autoencoder
         self.normalizer = normalizer
         self.info = info
-        """How it was trained: task, zoo, loss, pretrain, seed, scales of the losses, validation."""
+        """How it was trained: tasks, zoo, loss, pretrain, seed, scales of the losses, validation."""
         self.tokenizer = Tokenizer(architecture, autoencoder_config.token_size)
 
     @property
@@ -185,8 +180,8 @@ class HyperRepresentation:
             autoencoder.load_state_dict(load_file(folder / MODEL_FILE))
             from_dict(PretrainConfig, info["pretrain"])
             from_dict(LossConfig, info["loss"])
-            if not {"validation", "step", "task", "scales"} <= info.keys():
-                raise KeyError("validation, step, task or scales")
+            if not {"validation", "step", "tasks", "scales"} <= info.keys():
+                raise KeyError("validation, step, tasks or scales")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"the representation {folder} is damaged or of another version: {error}") from None
         return cls(architecture, autoencoder_config, autoencoder.eval(), normalizer, info).to(device)
@@ -203,10 +198,10 @@ def model_card(representation: HyperRepresentation) -> str:
     tokens = f"{representation.tokenizer.count} tokens of {representation.tokenizer.token_size}"
     per_value = representation.architecture.parameter_count / representation.latent_size
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in info["validation"].items() if value is not None)
-    return f"""# Hyper-representation of {describe(representation.architecture)}
+    return f"""# Hyper-representation of {representation.architecture}
 
 A mixture of linear autoencoders beside a transformer autoencoder, over the weights of {info["zoo"]["members"]}
-trained networks (task `{info["task"]}`, {tokens}, {representation.latent_size} latent values, {per_value:.2f} weights
+trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.latent_size} latent values, {per_value:.2f} weights
 per latent value), trained with weightspace (the losses of arXiv 2503.17138):
 {", ".join(f"{key} {value}" for key, value in info["loss"].items())}.
 

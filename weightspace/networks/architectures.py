@@ -69,19 +69,20 @@ def activation_named(name: str) -> Callable[[Tensor], Tensor]:
 class CNN8(nn.Module):
     """The network for 8x8 images: conv 8, conv 16 (k3, pad 1, max-pool 2), linear 20; 2,758 parameters at 1 channel."""
 
-    def __init__(self, channels: int = 1, classes: int = 10, activation: str = "relu") -> None:
+    def __init__(self, channels: int = 1, classes: int = 10, activation: str = "relu", dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 8, 3, padding=1)
         self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
         self.fc1 = nn.Linear(64, 20)
         self.fc2 = nn.Linear(20, classes)
         self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
         self.image_shape = (channels, 8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(F.max_pool2d(self.conv1(x), 2))  # [B, 8, 4, 4]
-        x = self.activation(F.max_pool2d(self.conv2(x), 2))  # [B, 16, 2, 2]
-        x = self.activation(self.fc1(x.flatten(1)))  # [B, 20]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 8, 4, 4]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv2(x), 2)))  # [B, 16, 2, 2]
+        x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
         return self.fc2(x)  # [B, classes]
 
     def permutation_groups(self) -> tuple[PermutationGroup, ...]:
@@ -91,7 +92,7 @@ class CNN8(nn.Module):
 class CNN3(nn.Module):
     """The published network for 32x32 images (arXiv 2503.17138): 10,853 parameters at 3 channels."""
 
-    def __init__(self, channels: int = 3, classes: int = 10, activation: str = "relu") -> None:
+    def __init__(self, channels: int = 3, classes: int = 10, activation: str = "relu", dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3)
         self.conv2 = nn.Conv2d(16, 32, 3)
@@ -99,42 +100,100 @@ class CNN3(nn.Module):
         self.fc1 = nn.Linear(60, 20)
         self.fc2 = nn.Linear(20, classes)
         self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
         self.image_shape = (channels, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(F.max_pool2d(self.conv1(x), 2))  # [B, 16, 15, 15]
-        x = self.activation(F.max_pool2d(self.conv2(x), 2))  # [B, 32, 6, 6]
-        x = self.activation(F.max_pool2d(self.conv3(x), 2))  # [B, 15, 2, 2]
-        x = self.activation(self.fc1(x.flatten(1)))  # [B, 20]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 16, 15, 15]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv2(x), 2)))  # [B, 32, 6, 6]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv3(x), 2)))  # [B, 15, 2, 2]
+        x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
         return self.fc2(x)  # [B, classes]
 
     def permutation_groups(self) -> tuple[PermutationGroup, ...]:
         return chain(self, "conv1", "conv2", "conv3", "fc1", "fc2")
 
 
+class CNN(nn.Module):
+    """The network of the field's older zoos (MNIST, Fashion-MNIST, USPS) for 28x28 images: 2,464 parameters, gray."""
+
+    def __init__(self, channels: int = 1, classes: int = 10, activation: str = "tanh", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 5)
+        self.conv2 = nn.Conv2d(8, 6, 5)
+        self.conv3 = nn.Conv2d(6, 4, 2)
+        self.fc1 = nn.Linear(36, 20)
+        self.fc2 = nn.Linear(20, classes)
+        self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.image_shape = (channels, 28, 28)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 8, 12, 12]
+        x = self.dropout(self.activation(F.max_pool2d(self.conv2(x), 2)))  # [B, 6, 4, 4]
+        x = self.dropout(self.activation(self.conv3(x)))  # [B, 4, 3, 3]
+        x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
+        return self.fc2(x)  # [B, classes]
+
+    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
+        return chain(self, "conv1", "conv2", "conv3", "fc1", "fc2")
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 for 32x32 images, with max-pooling (arXiv 2503.17138): 62,006 parameters at 3 channels."""
+
+    def __init__(self, channels: int = 3, classes: int = 10, activation: str = "relu", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(400, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, classes)
+        self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.image_shape = (channels, 32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(F.max_pool2d(self.activation(self.conv1(x)), 2))  # [B, 6, 14, 14]
+        x = self.dropout(F.max_pool2d(self.activation(self.conv2(x)), 2))  # [B, 16, 5, 5]
+        x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 120]
+        x = self.dropout(self.activation(self.fc2(x)))  # [B, 84]
+        return self.fc3(x)  # [B, classes]
+
+    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
+        return chain(self, "conv1", "conv2", "fc1", "fc2", "fc3")
+
+
 class MLP(nn.Module):
     """Two hidden layers on flattened images."""
 
     def __init__(
-        self, channels: int = 1, size: int = 8, hidden: int = 32, classes: int = 10, activation: str = "relu"
+        self,
+        channels: int = 1,
+        size: int = 8,
+        hidden: int = 32,
+        classes: int = 10,
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels * size * size, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, classes)
         self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
         self.image_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.fc1(x.flatten(1)))  # [B, hidden]
-        x = self.activation(self.fc2(x))  # [B, hidden]
+        x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, hidden]
+        x = self.dropout(self.activation(self.fc2(x)))  # [B, hidden]
         return self.fc3(x)  # [B, classes]
 
     def permutation_groups(self) -> tuple[PermutationGroup, ...]:
         return chain(self, "fc1", "fc2", "fc3")
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"CNN8": CNN8, "CNN3": CNN3, "MLP": MLP}
+NETWORKS: dict[str, type[nn.Module]] = {"CNN": CNN, "CNN3": CNN3, "CNN8": CNN8, "LeNet5": LeNet5, "MLP": MLP}
 
 
 @dataclass(frozen=True)
@@ -143,6 +202,9 @@ class Architecture:
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
     def build(self) -> nn.Module:
         """A fresh network in evaluation mode.

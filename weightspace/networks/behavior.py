@@ -99,7 +99,9 @@ def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group
                 for w, x in zip(alone, each, strict=True)
             ]
         )
-    run = vmap(lambda w, x: functional_call(network, w, (x,)), in_dims=(0, None if shared else 0))
+    run = vmap(
+        lambda w, x: functional_call(network, w, (x,)), in_dims=(0, None if shared else 0), randomness="different"
+    )
     if group >= count:
         return run(weights, inputs)
     chunks = zip(*(weight.split(group) for weight in weights.values()), strict=True)

@@ -1,7 +1,8 @@
-"""Per-layer standardization of tokens, fitted on training checkpoints and invertible."""
+"""Per-layer normalization of tokens, fitted on training checkpoints and invertible."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Normalizer:
     """[T, D] bool."""
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Tokens [n, T, D] with mean 0 and standard deviation 1 per layer over the checkpoints it was fitted on."""
+        """Normalized tokens [n, T, D]."""
         return (x - self.mean) / self.std * self.mask
 
     def denormalize(self, x: Tensor) -> Tensor:
@@ -34,17 +35,45 @@ class Normalizer:
         return Normalizer(self.mean.to(device), self.std.to(device), self.mask.to(device))
 
 
-def standardize(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
-    """Fit mean and standard deviation per layer over the real entries of tokens [n, T, D]."""
-    layer = tokenizer.positions[:, 1]
-    mean, std = torch.zeros(len(layer), 1), torch.ones(len(layer), 1)
-    for number in range(len(tokenizer.layers)):
-        rows = layer == number
-        values = x[:, rows][:, tokenizer.mask[rows]].double()
-        mean[rows] = values.mean().float()
-        spread = values.std(correction=0).float()
-        std[rows] = spread if spread > 0 else torch.ones(())
-    return Normalizer(mean, std, tokenizer.mask)
+Fit = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The real entries of one layer [n, N] -> what is subtracted and what it is divided by, scalars."""
+
+
+def per_layer(fit: Fit) -> Callable[[Tokenizer, Tensor], Normalizer]:
+    """A normalizer whose offset and scale are fitted to each layer of tokens [n, T, D]; a scale of 0 becomes 1."""
+
+    def normalizer(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
+        layer = tokenizer.positions[:, 1]
+        mean, std = torch.zeros(len(layer), 1), torch.ones(len(layer), 1)
+        for number in range(len(tokenizer.layers)):
+            rows = layer == number
+            offset, scale = fit(x[:, rows][:, tokenizer.mask[rows]].double())
+            mean[rows] = offset.float()
+            std[rows] = scale.float() if scale.float() > 0 else torch.ones(())
+        return Normalizer(mean, std, tokenizer.mask)
+
+    return normalizer
+
+
+def _standard(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.mean(), values.std(correction=0)
+
+
+def _range(values: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = values.min(), values.max()
+    return (low + high) / 2, (high - low) / 2
+
+
+def _norm(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_zeros(()), values.norm(dim=1).mean()
+
+
+standardize = per_layer(_standard)
+"""To mean 0 and standard deviation 1 per layer over the checkpoints it was fitted on."""
+min_max = per_layer(_range)
+"""To -1 ... 1 per layer."""
+l2 = per_layer(_norm)
+"""To a mean L2 norm of 1 of a checkpoint's layer."""
 
 
 def none(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
@@ -52,4 +81,4 @@ def none(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
     return Normalizer(torch.zeros(tokenizer.count, 1), torch.ones(tokenizer.count, 1), tokenizer.mask)
 
 
-NORMALIZERS = {"standardize": standardize, "none": none}
+NORMALIZERS = {"standardize": standardize, "min-max": min_max, "l2": l2, "none": none}

@@ -81,14 +81,9 @@ class Tokenizer:
         """Raise a UserError unless checkpoints of this base network can be tokenized."""
         if architecture != self.architecture:
             raise UserError(
-                f"the representation is of {describe(self.architecture)}, the checkpoints are of "
-                f"{describe(architecture)}; pretrain a representation on such a zoo"
+                f"the representation is of {self.architecture}, the checkpoints are of {architecture}; "
+                "pretrain a representation on such a zoo"
             )
-
-
-def describe(architecture: Architecture) -> str:
-    """A base network in words: name and arguments."""
-    return f"{architecture.name}({', '.join(f'{key}={value!r}' for key, value in architecture.arguments.items())})"
 
 
 def _rows(architecture: Architecture) -> tuple[list[str], list[tuple[int, int, list[int]]]]:

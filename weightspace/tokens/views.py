@@ -24,6 +24,11 @@ def noisy(x: Tensor, mask: Tensor, scale: float, generator: torch.Generator) -> 
     return x + scale * torch.randn(x.shape, generator=generator).to(x) * mask
 
 
+def scaled(x: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Normalized tokens [n, T, D], each entry times a Gaussian factor of mean 1 and standard deviation `scale`."""
+    return x * (1 + scale * torch.randn(x.shape, generator=generator).to(x))
+
+
 def erased(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Normalized tokens [n, T, D] with each token set to zero with probability `share`."""
     keep = torch.rand(x.shape[:2], generator=generator) >= share

@@ -25,7 +25,7 @@ from weightspace.runs import UserError, atomic, checksum, environment, fingerpri
 SCHEMA_VERSION = 1
 ZOO_FILE = "zoo.json"
 TABLE_FILE = "checkpoints.parquet"
-REQUIRED_COLUMNS = ("member", "epoch", "split", "shard", "row")
+REQUIRED_COLUMNS = ("member", "epoch", "split", "task", "shard", "row")
 
 
 class ModelZoo:
@@ -35,9 +35,10 @@ class ModelZoo:
         self.folder = folder
         self.description = description
         self.frame = frame
-        """A row per checkpoint: member, epoch, split, shard, row and the properties."""
+        """A row per checkpoint: member, epoch, split, task, shard, row and the properties."""
         self.architecture = Architecture(**description["architecture"])
-        self.task: str = description["task"]
+        self.tasks: tuple[str, ...] = tuple(description["tasks"])
+        """Names of the tasks that its members were trained on."""
 
     @classmethod
     def open(cls, folder: str | Path) -> ModelZoo:
@@ -158,9 +159,13 @@ def _problems_of_description(folder: Path, description: Any) -> Iterator[str]:
     if version != SCHEMA_VERSION:
         yield f"{ZOO_FILE} has schema version {version!r}, this weightspace reads version {SCHEMA_VERSION}"
         return
-    missing = [key for key in ("architecture", "task", "files", "fingerprint") if key not in description]
+    missing = [key for key in ("architecture", "tasks", "files", "fingerprint") if key not in description]
     if missing:
         yield f"{ZOO_FILE} lacks {', '.join(missing)}"
+        return
+    tasks = description["tasks"]
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        yield f"{ZOO_FILE} has a malformed list of tasks: {tasks!r}"
         return
     files = description["files"]
     entries = list(files.values()) if isinstance(files, dict) and TABLE_FILE in files else [None]
@@ -215,10 +220,12 @@ def verify(folder: str | Path) -> list[str]:
 class ZooWriter:
     """Fills a zoo folder shard by shard; a shard that was written is kept when the writer is interrupted."""
 
-    def __init__(self, folder: Path, architecture: Architecture, task: str, provenance: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, architecture: Architecture, tasks: Sequence[str], provenance: dict[str, Any]
+    ) -> None:
         self.folder = folder
         self.architecture = architecture
-        self.task = task
+        self.tasks = tasks
         self.provenance = provenance
 
     def has(self, shard: int) -> bool:
@@ -246,7 +253,7 @@ class ZooWriter:
         description = {
             "schema_version": SCHEMA_VERSION,
             "architecture": self.architecture.to_json(),
-            "task": self.task,
+            "tasks": list(self.tasks),
             "provenance": {**self.provenance, "environment": environment()},
             "files": files,
             "fingerprint": fingerprint({name: file["sha256"] for name, file in files.items()}),
@@ -261,8 +268,8 @@ class ZooWriter:
 
 
 def overview(zoo: ModelZoo) -> pd.DataFrame:
-    """Per epoch: number of checkpoints and quartiles of the test accuracy."""
-    accuracy = zoo.frame.groupby("epoch")["test_acc"]
+    """Per epoch (and task, where there are several): number of checkpoints and quartiles of the test accuracy."""
+    accuracy = zoo.frame.groupby(["task", "epoch"] if len(zoo.tasks) > 1 else "epoch")["test_acc"]
     return accuracy.describe()[["count", "mean", "min", "25%", "50%", "75%", "max"]]
 
 
@@ -274,12 +281,11 @@ def summary(zoo: ModelZoo) -> str:
         f"zoo           {zoo.folder}",
         f"base network  {zoo.architecture.name} {json.dumps(zoo.architecture.arguments)}, "
         f"{zoo.architecture.parameter_count:,} parameters",
-        f"task          {zoo.task}",
+        f"task          {', '.join(zoo.tasks)}",
         f"members       {frame['member'].nunique():,} ({splits})",
         f"checkpoints   {len(zoo):,}",
     ]
-    constants = {"member", "epoch", "split", "shard", "row"}
-    for column in frame.columns.difference(list(constants), sort=False):
+    for column in frame.columns.difference(list(REQUIRED_COLUMNS), sort=False):
         values = frame[column]
         if values.nunique() <= 8:
             lines.append(f"{column:<14}{', '.join(str(value) for value in sorted(values.unique()))}")

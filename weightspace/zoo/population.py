@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -38,13 +38,15 @@ STRATEGY_FILE = "strategy.json"
 
 
 def grid(config: ZooConfig, seed: int) -> pd.DataFrame:
-    """The members: a row per init x seed x learning rate x weight decay, with its split.
+    """The members: a row per task x init x seed x learning rate x weight decay, with its split.
 
-    The last `unseen_seeds` seeds are split 'unseen'; the others are divided at random, by member.
+    The last `unseen_seeds` seeds are split 'unseen'; the others are divided at random, by member. Where some members
+    have a backdoor, the column `backdoor` is 1 for them and 0 for the others.
     """
     check(config, "zoo")
     rows = [
-        {"init": init, "seed": number, "learning_rate": rate, "weight_decay": decay}
+        {"task": task, "init": init, "seed": number, "learning_rate": rate, "weight_decay": decay}
+        for task in config.tasks
         for init in config.inits
         for number in range(config.seeds)
         for rate in config.learning_rates
@@ -67,7 +69,27 @@ def grid(config: ZooConfig, seed: int) -> pd.DataFrame:
             f"a zoo of {len(members)} members with these shares has no member in {', '.join(sorted(absent))}; "
             "raise zoo.seeds, zoo.unseen_seeds, zoo.val_share or zoo.test_share"
         )
+    if config.backdoor_share:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "zoo", "backdoor"))
+        chosen = torch.randperm(len(members), generator=generator)[: round(config.backdoor_share * len(members))]
+        if not 0 < len(chosen) < len(members):
+            raise UserError(
+                f"zoo.backdoor_share={config.backdoor_share} of {len(members)} members leaves no "
+                f"{'backdoored' if not len(chosen) else 'clean'} one; choose another share"
+            )
+        members["backdoor"] = 0
+        members.loc[chosen.numpy(), "backdoor"] = 1
     return members
+
+
+@dataclass(frozen=True)
+class Backdoors:
+    """Which training images of n members bear a trigger, and what class it means."""
+
+    poisoned: Tensor
+    """[n, N] bool"""
+    target: Tensor
+    """[n]"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,15 @@ class Recipe:
     """n seeds of the data order; members with equal seeds see the same batches."""
     optimizer: str = "adam"
     batch_size: int = 32
+    backdoors: Backdoors | None = None
+
+
+def stamped(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] with the trigger: a white square of a quarter of the height in the lower right corner."""
+    size = max(images.shape[-1] // 4, 1)
+    marked = images.clone()
+    marked[..., -size:, -size:] = images.amax(dim=(0, 2, 3), keepdim=True)[0]  # the brightest value of each channel
+    return marked
 
 
 def data_order(order: int, epoch: int, count: int) -> Tensor:
@@ -110,22 +141,36 @@ def train(
         advance: called with the number of steps taken, for a progress bar.
     """
     images, labels = task.train.images, task.train.labels
-    device = images.device
+    device, count = images.device, len(labels)
+    if recipe.backdoors is not None:
+        poisoned, target = recipe.backdoors.poisoned.to(device), recipe.backdoors.target.to(device)
+        images = torch.cat([images, stamped(images)])  # image i with the trigger is image N + i
     network = architecture.build().to(device).train()
     flat = flatten({name: weight.to(device) for name, weight in weights.items()})  # [n, P]
     update = Optimizer(recipe, flat)
     yield 0, unflatten(architecture, flat.clone())
     for epoch in range(1, epochs + 1):
-        orders = {order: data_order(order, epoch, len(labels)) for order in set(recipe.orders)}
+        orders = {order: data_order(order, epoch, count) for order in set(recipe.orders)}
         order = torch.stack([orders[seed] for seed in recipe.orders]).to(device)  # [n, N]
-        for batch in order.split(recipe.batch_size, dim=1):  # [n, B]
-            flat.requires_grad_()
-            logits = behavior.logits(network, unflatten(architecture, flat), images[batch], group, shared=False)
-            losses = F.cross_entropy(logits.flatten(0, 1), labels[batch].flatten(), reduction="sum") / batch.shape[1]
-            (gradient,) = torch.autograd.grad(losses, flat)  # [n, P]
-            flat = flat.detach()
-            update.step(flat, gradient)
-            advance(1)
+        classes = labels[order]  # [n, N]
+        if recipe.backdoors is not None:
+            bears = poisoned.gather(1, order)
+            classes = torch.where(bears, target[:, None], classes)
+            order = order + count * bears
+        with torch.random.fork_rng(
+            [device] if device.type == "cuda" else []
+        ):  # dropout draws from the global generator
+            torch.manual_seed(derive_seed(*recipe.orders, "dropout", epoch))
+            for start in range(0, count, recipe.batch_size):
+                batch = order[:, start : start + recipe.batch_size]  # [n, B]
+                wanted = classes[:, start : start + recipe.batch_size].flatten()
+                flat.requires_grad_()
+                logits = behavior.logits(network, unflatten(architecture, flat), images[batch], group, shared=False)
+                losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / batch.shape[1]
+                (gradient,) = torch.autograd.grad(losses, flat)  # [n, P]
+                flat = flat.detach()
+                update.step(flat, gradient)
+                advance(1)
         yield epoch, unflatten(architecture, flat.clone())
 
 
@@ -160,13 +205,22 @@ class Optimizer:
 
 
 def score(checkpoints: Checkpoints, task: ImageTask) -> Checkpoints:
-    """The same checkpoints with train, val and test loss and accuracy, and the gap (train - test accuracy)."""
+    """The same checkpoints with train, val and test loss and accuracy, and the gap (train - test accuracy).
+
+    Members of a zoo with backdoors also get `attack`: the share of the test images of other classes that are taken for
+    the target class once they bear the trigger (for clean members: of the class that would be their target).
+    """
     properties = {}
     for split in ("train", "val", "test"):
         images = task.split(split)
         outputs = behavior.outputs(checkpoints, images.images, images.labels)
         properties[f"{split}_loss"] = outputs.loss.double().cpu().numpy()
         properties[f"{split}_acc"] = outputs.accuracy.double().cpu().numpy()
+    if "target" in checkpoints.frame:
+        target = torch.from_numpy(checkpoints.frame["target"].to_numpy(copy=True)).to(task.test.labels.device)[:, None]
+        taken = behavior.outputs(checkpoints, stamped(task.test.images)).predictions == target  # [n, Q]
+        other = task.test.labels != target
+        properties["attack"] = ((taken & other).sum(1) / other.sum(1)).double().cpu().numpy()
     frame = checkpoints.frame.assign(**properties)
     return dataclasses.replace(checkpoints, frame=frame.assign(gap=frame["train_acc"] - frame["test_acc"]))
 
@@ -182,14 +236,24 @@ def start_weights(architecture: Architecture, members: pd.DataFrame, seed: int) 
     return {name: torch.stack([weights[name] for weights in each]) for name in architecture.shapes}
 
 
-def recipe_of(members: pd.DataFrame, config: ZooConfig, seed: int) -> Recipe:
+def recipe_of(members: pd.DataFrame, config: ZooConfig, task: ImageTask, seed: int) -> Recipe:
     """The recipe of some members of a grid; members of one seed see the same data order, as in the published zoos."""
+    backdoors = None
+    if "backdoor" in members:
+        each = []
+        for member, backdoor in zip(members["member"], members["backdoor"], strict=True):
+            generator = torch.Generator().manual_seed(derive_seed(seed, "zoo", "poison", member))
+            each.append(
+                (torch.rand(len(task.train.labels), generator=generator) < config.backdoor_poison) & (backdoor == 1)
+            )
+        backdoors = Backdoors(torch.stack(each), torch.tensor(members["target"].to_numpy(copy=True)))
     return Recipe(
         torch.tensor(members["learning_rate"].to_numpy(), dtype=torch.float32),
         torch.tensor(members["weight_decay"].to_numpy(), dtype=torch.float32),
         tuple(derive_seed(seed, "zoo", "order", number) for number in members["seed"]),
         config.optimizer,
         config.batch_size,
+        backdoors,
     )
 
 
@@ -201,10 +265,13 @@ def train_members(
     group: int,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> Checkpoints:
-    """Train some members of the grid and score them at every epoch to be saved; rows are ordered by member, epoch."""
+    """Train members of one task and score them at every epoch to be saved; rows are ordered by member, epoch."""
     architecture = architecture_of(config, task)
+    if "backdoor" in members:
+        draws = [derive_seed(seed, "zoo", "target", member) % task.classes for member in members["member"]]
+        members = members.assign(target=draws)
     weights = start_weights(architecture, members, seed)
-    recipe = recipe_of(members, config, seed)
+    recipe = recipe_of(members, config, task, seed)
     kept = []
     for epoch, now in train(architecture, weights, task, recipe, config.epochs, group, advance):
         if epoch in config.save_epochs:
@@ -222,13 +289,18 @@ def architecture_of(config: ZooConfig, task: ImageTask) -> Architecture:
         UserError: the network takes images of another size.
     """
     channels, height, width = task.image_shape
-    arguments = {"channels": channels, "classes": task.classes, "activation": config.activation}
+    arguments: dict[str, Any] = {"channels": channels, "classes": task.classes, "activation": config.activation}
+    if config.dropout:
+        arguments["dropout"] = config.dropout
+    if config.network == "MLP" and height == width:
+        arguments["size"] = height
     architecture = Architecture(config.network, arguments)
     takes = behavior.image_shape_of(architecture.build())
     if takes != task.image_shape:
+        fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, takes))}"
         raise UserError(
             f"{config.network} takes images of shape {takes}, but the images of {task.name!r} have "
-            f"{(channels, height, width)}; choose another zoo.network"
+            f"{(channels, height, width)}; choose another zoo.network, or resize them with zoo.tasks={fitting}"
         )
     return architecture
 
@@ -277,8 +349,15 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
         UserError: an unknown task, network, init or activation, or a grid that leaves a split empty.
     """
     members = grid(config, seed)
-    task = load_task(config.task).to(device)
+    tasks = {name: load_task(name).to(device) for name in config.tasks}
+    task = next(iter(tasks.values()))
     architecture = architecture_of(config, task)
+    for other in tasks.values():
+        if architecture_of(config, other) != architecture:
+            raise UserError(
+                f"the tasks of one zoo need the same image shape and number of classes: {task.name!r} has "
+                f"{task.image_shape} and {task.classes}, {other.name!r} has {other.image_shape} and {other.classes}"
+            )
     for init in config.inits:
         if init not in INITS:
             raise UserError(f"unknown init {init!r}; the inits are {', '.join(sorted(INITS))}")
@@ -287,22 +366,26 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
         raise UserError(f"zoo.save_epochs has {late}, outside 0 to zoo.epochs={config.epochs}")
     if (folder / ZOO_FILE).exists():  # killed after the last write
         return ModelZoo.open(folder)
-    writer = ZooWriter(folder, architecture, config.task, {"config": dataclasses.asdict(config), "seed": seed})
+    writer = ZooWriter(folder, architecture, config.tasks, {"config": dataclasses.asdict(config), "seed": seed})
     if (folder / STRATEGY_FILE).exists():
         strategy = Strategy(**read_json(folder / STRATEGY_FILE))
     else:
         strategy = plan(config, task, len(members), cores())
         write_json(folder / STRATEGY_FILE, dataclasses.asdict(strategy))
-    parts = np.array_split(np.arange(len(members)), -(-len(members) // strategy.unit))
-    units = [members.iloc[rows] for rows in parts]
+    units = [
+        own.iloc[rows]
+        for _, own in members.groupby("task", sort=False)
+        for rows in np.array_split(np.arange(len(own)), -(-len(own) // strategy.unit))
+    ]
     todo = [unit for unit in range(len(units)) if not writer.has(unit)]
-    steps = config.epochs * -(-len(task.train.labels) // config.batch_size)
     finished = len(members) - sum(len(units[unit]) for unit in todo)
     with progress("zoo: training members", len(members), finished) as advance:
         if strategy.workers == 1 or not todo:
             for unit in todo:
+                own = tasks[units[unit]["task"].iloc[0]]
+                steps = config.epochs * -(-len(own.train.labels) // config.batch_size)
                 share = len(units[unit]) / steps
-                part = train_members(config, units[unit], task, seed, strategy.group, lambda n, s=share: advance(n * s))
+                part = train_members(config, units[unit], own, seed, strategy.group, lambda n, s=share: advance(n * s))
                 writer.write(unit, part)
         else:
             jobs = [(config, units[unit], seed, strategy.group, unit) for unit in todo]
@@ -327,4 +410,4 @@ def _in_workers(
 def _work(job: tuple[ZooConfig, pd.DataFrame, int, int, int]) -> tuple[int, Checkpoints]:
     config, members, seed, group, unit = job
     torch.set_num_threads(1)
-    return unit, train_members(config, members, load_task(config.task), seed, group)
+    return unit, train_members(config, members, load_task(members["task"].iloc[0]), seed, group)

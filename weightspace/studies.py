@@ -1,0 +1,535 @@
+"""The questions that a paper asks: each study is one short function over experiments.
+
+A study works in a `Lab`: a folder for one task and scale, in which zoos and representations are kept under the
+fingerprint of their config, so that studies share them and an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from weightspace import runs
+from weightspace.config import (
+    SCALES,
+    AutoencoderConfig,
+    Experiment,
+    FinetuneConfig,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+)
+from weightspace.downstream import metrics
+from weightspace.downstream.baselines import ANCHORS
+from weightspace.downstream.samplers import SAMPLERS
+from weightspace.experiment import (
+    finetune_stage,
+    generate_stage,
+    pretrain_stage,
+    probe_stage,
+    reconstruct_stage,
+    zoo_stage,
+)
+from weightspace.hyperrep.pretrain import METRICS_FILE, training_checkpoints
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.report.study import make_study_report
+from weightspace.runs import UserError, atomic, derive_seed, fingerprint, read_json, write_json
+from weightspace.tasks.images import load_task
+from weightspace.zoo.model_zoo import ModelZoo
+from weightspace.zoo.spectrum import spectrum_study
+
+Records = list[dict[str, Any]]
+LEARNING_RATES = (3e-4, 1e-3)
+"""What every variant is tried with where a study tunes."""
+SEEDS = 3
+"""Seeds of the study of seeds."""
+STRUCTURE, BEHAVIOR = "structure", "structure+behavior"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one representation of a study is trained."""
+
+    loss: LossConfig
+    pretrain: PretrainConfig
+    autoencoder: AutoencoderConfig
+    x: float | None = None
+    """the number that the study varies, where it varies one"""
+    group: str | None = None
+    """the curve it belongs to, where there are several"""
+    start: HyperRepresentation | None = None
+    """the representation it goes on from"""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where studies of one task and scale work: trains what they ask for, once."""
+
+    base: Experiment
+    """what every variant starts from"""
+    folder: Path
+    study: str
+    """name of the study at work, whose own files are in the folder of that name"""
+    device: torch.device
+
+    @property
+    def own(self) -> Path:
+        """The folder of the study at work."""
+        return self.folder / self.study
+
+    def zoo(self, **changes: Any) -> ModelZoo:
+        """The zoo of the base experiment with some fields of its ZooConfig changed."""
+        config = dataclasses.replace(self.base.zoo, **changes)
+        key = fingerprint({"config": dataclasses.asdict(config), "seed": self.base.seed})
+        return zoo_stage(self.folder / "zoos" / key, config, self.base.seed, self.device)
+
+    def variant(self, **changes: Any) -> Variant:
+        """The base representation (structure+behavior) with some fields changed.
+
+        Args:
+            changes: fields of LossConfig, PretrainConfig, AutoencoderConfig or Variant.
+        """
+        parts: list[Any] = [self.base.representations[BEHAVIOR], self.base.pretrain, self.base.autoencoder]
+        for i, part in enumerate(parts):
+            names = {entry.name for entry in dataclasses.fields(part)} & changes.keys()
+            parts[i] = dataclasses.replace(part, **{name: changes.pop(name) for name in names})
+        return Variant(*parts, **changes)
+
+    def place(self, zoo: ModelZoo, variant: Variant) -> Path:
+        """The folder of a variant trained on a zoo."""
+        key: dict[str, Any] = {name: dataclasses.asdict(getattr(variant, name)) for name in ("loss", "pretrain")}
+        key |= {"autoencoder": dataclasses.asdict(variant.autoencoder), "zoo": zoo.fingerprint, "seed": self.base.seed}
+        key["start"] = variant.start.fingerprint if variant.start else None
+        return self.folder / "representations" / fingerprint(key)
+
+    def represent(self, zoo: ModelZoo, variant: Variant) -> HyperRepresentation:
+        """Train a variant on a zoo, or load it where that was done."""
+        parts = variant.pretrain, variant.loss, variant.autoencoder
+        return pretrain_stage(self.place(zoo, variant), zoo, *parts, self.base.seed, self.device, variant.start)
+
+    def tuned(self, zoo: ModelZoo, variant: Variant) -> Variant:
+        """The variant at the learning rate of lowest validation loss among those that every variant is tried with."""
+        each = [
+            dataclasses.replace(variant, pretrain=dataclasses.replace(variant.pretrain, learning_rate=rate))
+            for rate in LEARNING_RATES
+        ]
+        return min(each, key=lambda tried: self.represent(zoo, tried).info["validation"]["total"])
+
+    def compare(self, zoo: ModelZoo, variants: Mapping[str, Variant], tuned: bool = False, **changes: Any) -> Records:
+        """Train every variant on a zoo and score it; see `score`.
+
+        Args:
+            zoo: where training and held-out checkpoints come from.
+            variants: name -> variant.
+            tuned: choose each one's learning rate on validation (and record it).
+            changes: passed on to `score`.
+        """
+        if tuned:
+            variants = {name: self.tuned(zoo, variant) for name, variant in variants.items()}
+        trained = {name: self.represent(zoo, variant) for name, variant in variants.items()}
+        records = self.score(zoo, trained, variants, **changes)
+        lines = {name: runs.read_lines(self.place(zoo, variant) / METRICS_FILE) for name, variant in variants.items()}
+        write_json(self.own / changes.get("where", "") / "metrics.json", lines)
+        if tuned:
+            for name, variant in variants.items():
+                rate = variant.pretrain.learning_rate
+                records.append(placed(metrics.record("pretrain", name, "val", "learning rate", rate), variant))
+        return records
+
+    def score(
+        self,
+        zoo: ModelZoo,
+        trained: Mapping[str, HyperRepresentation],
+        variants: Mapping[str, Variant],
+        where: str = "",
+        **changes: Any,
+    ) -> Records:
+        """Probes, reconstruction and generation of trained representations on a zoo: tidy records.
+
+        Args:
+            zoo: where training and held-out checkpoints come from.
+            trained: name -> representation.
+            variants: what they are, for x and group of the records.
+            where: sub-folder of the study for the outputs, where it scores several times.
+            changes: fields of ProbeConfig or GenerateConfig.
+        """
+        folder = self.own / where
+        probes, generation = (
+            dataclasses.replace(config, **{name: value for name, value in changes.items() if hasattr(config, name)})
+            for config in (self.base.probe, self.base.generate)
+        )
+        records = probe_stage(folder / "probe", zoo, trained, probes)
+        records += reconstruct_stage(folder / "reconstruct", zoo, trained, self.base.reconstruct, self.device)
+        records += generate_stage(folder / "generate", zoo, trained, generation, self.base.seed, self.device)
+        return [placed(record, variants.get(record["representation"])) for record in records]
+
+
+def placed(record: dict[str, Any], variant: Variant | None) -> dict[str, Any]:
+    """A record with the x and group of its variant (none for baselines)."""
+    return {**record, "x": variant.x if variant else None, "group": variant.group if variant else None}
+
+
+def renamed(records: Records, names: Mapping[str, str], **more: Any) -> Records:
+    """Records of some representations only, under other names."""
+    return [
+        {**record, "representation": names[record["representation"]], **more}
+        for record in records
+        if record["representation"] in names
+    ]
+
+
+FIDELITY = ("agreement", "skill", "identity", "accuracy fidelity: slope")
+WHOLE = (*FIDELITY, "R2 test_acc", "R2 gap", "mean accuracy", "diversity in structure", "diversity in behavior")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and how it is answered."""
+
+    question: str
+    run: Callable[[Lab], Records]
+    metrics: tuple[str, ...]
+    """what its table and figure show"""
+
+
+STUDIES: dict[str, Study] = {}
+
+
+def study(*shown: str) -> Callable[[Callable[[Lab], Records]], Callable[[Lab], Records]]:
+    """Register a function as the study of its name; the first line of its docstring is the question."""
+
+    def register(run: Callable[[Lab], Records]) -> Callable[[Lab], Records]:
+        STUDIES[run.__name__] = Study((run.__doc__ or "").splitlines()[0], run, shown)
+        return run
+
+    return register
+
+
+@study(*WHOLE, "learning rate")
+def losses(lab: Lab) -> Records:
+    """Which of the three losses does it take? All seven combinations, each tuned over the same learning rates."""
+    variants = {
+        "contrastive": lab.variant(gamma=1.0),
+        "structure": lab.variant(gamma=0.0, beta=1.0),
+        "behavior": lab.variant(gamma=0.0, beta=0.0),
+        "contrastive+structure": lab.variant(beta=1.0),
+        "contrastive+behavior": lab.variant(beta=0.0),
+        "structure+behavior": lab.variant(gamma=0.0),
+        "all three": lab.variant(),
+    }
+    return lab.compare(lab.zoo(), variants, tuned=True)
+
+
+@study(*WHOLE, "learning rate")
+def distance(lab: Lab) -> Records:
+    """Which distance between outputs? Probabilities (published), logits, KL at two temperatures, cross-entropy."""
+    variants = {
+        "probabilities": lab.variant(distance="probabilities"),
+        "logits": lab.variant(distance="logits"),
+        "KL": lab.variant(distance="kl", temperature=1.0),
+        "KL, temperature 2": lab.variant(distance="kl", temperature=2.0),
+        "cross-entropy": lab.variant(distance="cross-entropy"),
+    }
+    return lab.compare(lab.zoo(), variants, tuned=True)
+
+
+@study(*WHOLE)
+def beta(lab: Lab) -> Records:
+    """How much structure beside behavior? beta from 0 (behavior alone) to 1 (structure alone)."""
+    values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
+    return lab.compare(lab.zoo(), {f"beta {value:g}": lab.variant(beta=value, x=value) for value in values})
+
+
+@study(*WHOLE)
+def cycle(lab: Lab) -> Records:
+    """Does the cycle loss help? lambda 0 and .05, with and without behavior."""
+    variants = {
+        f"{name}, lambda {value:g}": lab.variant(**loss, cycle=value)
+        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {}))
+        for value in (0.0, 0.05)
+    }
+    return lab.compare(lab.zoo(), variants)
+
+
+@study(*WHOLE)
+def queries(lab: Lab) -> Records:
+    """On which inputs is behavior compared? Own images, foreign images, noise and unions."""
+    foreign = others(lab.base.zoo.tasks[0])[0]
+    sources = ("own", foreign, "noise", f"own+{foreign}+noise")
+    return lab.compare(lab.zoo(), {source: lab.variant(query_set=source) for source in sources})
+
+
+@study(*WHOLE)
+def number(lab: Lab) -> Records:
+    """How many queries per step? From a quarter to four times the usual number."""
+    usual = lab.base.representations[BEHAVIOR].queries
+    counts = [max(round(usual * factor), 1) for factor in (0.25, 0.5, 1, 2, 4)]
+    variants = {f"{count} queries": lab.variant(queries=count, x=float(count)) for count in counts}
+    return lab.compare(lab.zoo(), variants)
+
+
+@study(*WHOLE)
+def latent(lab: Lab) -> Records:
+    """How small can the bottleneck be? Half, once and twice the usual latent values, with and without behavior."""
+    usual = lab.base.autoencoder.latent
+    variants = {
+        f"{name}, {size} per token": lab.variant(**loss, latent=size, x=float(size), group=name)
+        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {}))
+        for size in (usual // 2, usual, 2 * usual)
+    }
+    return lab.compare(lab.zoo(), variants)
+
+
+@study(*WHOLE)
+def attention(lab: Lab) -> Records:
+    """What does our autoencoder change? The published recipe with attention over tokens, and ours, at equal steps."""
+    published = {"normalize": "none", "schedule": "constant", "components": 0, "distance": "probabilities"}
+    recipes = {"published recipe": published, "transformer alone": {"components": 0}, "ours": {}}
+    variants = {
+        f"{name}, {loss}": lab.variant(**recipe, **({"beta": 1.0} if loss == STRUCTURE else {}))
+        for name, recipe in recipes.items()
+        for loss in (STRUCTURE, BEHAVIOR)
+    }
+    return lab.compare(lab.zoo(), variants, tuned=True)
+
+
+@study(*WHOLE)
+def lenet5(lab: Lab) -> Records:
+    """Does it hold for a larger network? LeNet5 (62,006 weights), with and without behavior."""
+    task = lab.base.zoo.tasks[0]
+    wide = task if load_task(task).image_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
+    zoo = lab.zoo(tasks=(wide,), network="LeNet5", learning_rates=lab.base.zoo.learning_rates[:2])
+    components = min(lab.base.autoencoder.components, 2)
+    variants = {
+        STRUCTURE: lab.variant(beta=1.0, token_size=256, components=components),
+        BEHAVIOR: lab.variant(token_size=256, components=components),
+    }
+    return lab.compare(zoo, variants)
+
+
+@study(*WHOLE)
+def multitask(lab: Lab) -> Records:
+    """Does one representation serve several tasks? A zoo of three tasks, each member scored on its own."""
+    task = lab.base.zoo.tasks[0]
+    zoo = lab.zoo(tasks=(task, *others(task)), weight_decays=lab.base.zoo.weight_decays[::2])
+    return lab.compare(zoo, {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()})
+
+
+@study(*WHOLE, "steps")
+def budget(lab: Lab) -> Records:
+    """Is behavior worth its time? Structure alone for as long as structure with behavior takes, and for as many steps."""
+    zoo, usual = lab.zoo(), lab.base.pretrain.steps
+    ratio = _time_ratio(lab, zoo)
+    variants = {
+        "structure, equal steps": lab.variant(beta=1.0),
+        "structure, equal time": lab.variant(beta=1.0, steps=round(usual * ratio)),
+        "structure+behavior, half the steps": lab.variant(steps=usual // 2),
+        BEHAVIOR: lab.variant(),
+    }
+    records = lab.compare(zoo, variants)
+    for name, variant in variants.items():
+        records.append(placed(metrics.record("pretrain", name, "train", "steps", variant.pretrain.steps), variant))
+    return records
+
+
+def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
+    """Seconds of a step with behavior over those of a step without, measured once and kept in the study's folder."""
+    file = lab.own / "budget.json"
+    if not file.exists():
+        seconds = {}
+        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {})):
+            total = []
+            for steps in (2, 12):
+                started = time.perf_counter()
+                short = lab.variant(**loss, steps=steps, validate_every=steps)
+                lab.represent(zoo, short)
+                total.append(time.perf_counter() - started)
+            seconds[name] = (total[1] - total[0]) / 10
+        write_json(file, {"seconds": seconds, "ratio": max(seconds[BEHAVIOR] / seconds[STRUCTURE], 1.0)})
+    return float(read_json(file)["ratio"])
+
+
+@study(*FIDELITY, "R2 test_acc", "mean accuracy", "diversity in behavior")
+def transfer(lab: Lab) -> Records:
+    """Does a representation serve another zoo? As it is, trained on there for a tenth of the steps, and from scratch."""
+    home = lab.zoo()
+    away = lab.zoo(tasks=(others(lab.base.zoo.tasks[0])[0],))
+    steps = max(lab.base.pretrain.steps // 10, 2)
+    records: Records = []
+    for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {})):
+        source = lab.represent(home, lab.variant(**loss))
+        short = {**loss, "steps": steps, "validate_every": min(steps, lab.base.pretrain.validate_every)}
+        trained = {
+            f"{name}, as it is": source,
+            f"{name}, fine-tuned": lab.represent(away, lab.variant(**short, start=source)),
+            f"{name}, from scratch, as few steps": lab.represent(away, lab.variant(**short)),
+            f"{name}, from scratch": lab.represent(away, lab.variant(**loss)),
+        }
+        found = lab.score(away, trained, {}, where=name)
+        records += found if not records else [record for record in found if record["representation"] in trained]
+    return records
+
+
+@study("accuracy", "agreement")
+def spectrum(lab: Lab) -> Records:
+    """Where in the spectrum of the weights does accuracy lie? Networks from the top, bottom or random components."""
+    zoo = lab.zoo()
+    train, test = (training_checkpoints(zoo, lab.base.pretrain, split) for split in ("train", "test"))
+    task = load_task(zoo.tasks[0]).to(lab.device)
+    generator = torch.Generator().manual_seed(derive_seed(lab.base.seed, "spectrum"))
+    most = min(len(train) - 1, zoo.architecture.parameter_count)
+    counts = sorted({max(round(most * share), 1) for share in (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)})
+    frame = spectrum_study(train, test, task.test.images, task.test.labels, counts, generator)
+    with atomic(lab.own / "spectrum.parquet") as path:
+        frame.to_parquet(path, index=False)
+    records = []
+    for (which, count), rows in frame.groupby(["which", "count"], sort=False):
+        for metric, column in (("accuracy", "test_acc"), ("agreement", "agreement")):
+            sums, members = metrics.mean_of(rows[column].to_numpy(float)), rows["member"].to_numpy()
+            record = metrics.summarize("spectrum", f"{which} {count}", "test", metric, sums, members)
+            records.append({**record, "x": float(count), "group": which})
+    return records
+
+
+@study(*FIDELITY, "R2 test_acc", "mean accuracy", "diversity in behavior")
+def seeds(lab: Lab) -> Records:
+    """How much is chance? Zoo and representations from several seeds: intervals over seeds, and paired tests."""
+    found = []
+    for seed in range(lab.base.seed, lab.base.seed + SEEDS):
+        at = dataclasses.replace(lab, base=dataclasses.replace(lab.base, seed=seed))
+        variants = {STRUCTURE: at.variant(beta=1.0), BEHAVIOR: at.variant()}
+        found.append(pd.DataFrame(at.compare(at.zoo(), variants, where=f"seed-{seed}")).assign(seed=seed))
+    frame = pd.concat(found)
+    records = []
+    for (stage, name, split, metric), rows in frame.groupby(["stage", "representation", "split", "metric"], sort=False):
+        records.append(over_seeds(str(stage), str(name), str(split), str(metric), rows["mean"].to_numpy(float)))
+    paired = frame.pivot_table(index=["stage", "split", "metric", "seed"], columns="representation", values="mean")
+    gain = (paired[BEHAVIOR] - paired[STRUCTURE]).dropna()
+    for (stage, split, metric), values in gain.groupby(level=["stage", "split", "metric"], sort=False):
+        records.append(over_seeds(str(stage), "behavior's gain", str(split), str(metric), values.to_numpy(float)))
+        test = stats.ttest_1samp(values, 0.0) if len(values) > 1 and values.std() > 0 else None
+        p = float(test.pvalue) if test is not None else None
+        name = f"{metric}: paired t-test p"
+        records.append(metrics.record(str(stage), "behavior's gain", str(split), name, p, n=len(values)))
+    return [placed(record, None) for record in records]
+
+
+def over_seeds(stage: str, name: str, split: str, metric: str, values: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Mean over seeds with its 95 % t-interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
+    mean = float(values.mean())
+    return metrics.record(stage, name, split, metric, mean, mean - half, mean + half, len(values))
+
+
+@study(*FIDELITY, "structural R2")
+def unseen(lab: Lab) -> Records:
+    """What do siblings give? Equally many members from few and from many initializations, `test` against `unseen`."""
+    zoo = lab.base.zoo
+    members = zoo.seeds * len(zoo.learning_rates) * len(zoo.weight_decays)
+    records: Records = []
+    for seeds_per_init in (zoo.seeds, zoo.seeds * len(zoo.weight_decays), members):
+        rates = zoo.learning_rates if seeds_per_init < members else zoo.learning_rates[-2:-1]
+        decays = zoo.weight_decays if seeds_per_init == zoo.seeds else zoo.weight_decays[:1]
+        held = max(round(seeds_per_init * zoo.unseen_seeds / zoo.seeds), 1)
+        population = lab.zoo(seeds=seeds_per_init, unseen_seeds=held, learning_rates=rates, weight_decays=decays)
+        for permute in ("contrastive", "all"):
+            name = f"{seeds_per_init} seeds, permuted views: {permute}"
+            variant = lab.variant(permute=permute, x=float(seeds_per_init), group=f"permuted views: {permute}")
+            found = lab.compare(population, {name: variant}, where=f"{seeds_per_init}-{permute}")
+            records += [record for record in found if record["representation"] == name]
+    return records
+
+
+@study(
+    "mean accuracy",
+    "median accuracy",
+    "diversity in structure",
+    "diversity in behavior",
+    "novelty",
+    "ensemble accuracy",
+)
+def samplers(lab: Lab) -> Records:
+    """Which sampler? Every sampler in embedding space, beside the anchors, noise, averages and PCA."""
+    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    records = lab.compare(lab.zoo(), variants, samplers=tuple(SAMPLERS))
+    return [record for record in records if record["stage"] == "generate"]
+
+
+@study("accuracy backdoor", "R2 attack", "accuracy init")
+def backdoors(lab: Lab) -> Records:
+    """Can backdoors be seen in the weights? Half of the members were trained with a trigger patch."""
+    zoo = lab.zoo(backdoor_share=0.5)
+    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    records = lab.compare(
+        zoo, variants, categories=("backdoor", "init"), properties=("attack", "test_acc"), epochs=zoo_end(zoo)
+    )
+    return [record for record in records if record["stage"] == "probe"]
+
+
+@study("accuracy after 0 epochs", "accuracy after 1 epoch", "accuracy after 5 epochs")
+def finetuning(lab: Lab) -> Records:
+    """What is a generated network worth as a start? Trained on its own task and on another one, beside scratch."""
+    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    lab.compare(lab.zoo(), variants)
+    files = {name: lab.own / "generate" / f"{name}.safetensors" for name in (*variants, ANCHORS)}
+    records: Records = []
+    for task in (None, others(lab.base.zoo.tasks[0])[0]):
+        config: FinetuneConfig = dataclasses.replace(self_or(lab.base.finetune), task=task)
+        found = finetune_stage(lab.own / f"finetune-{task or 'own'}", files, config, lab.base.seed, lab.device)
+        records += [{**record, "split": f"test {task}" if task else "test"} for record in found]
+    return [placed(record, variants.get(record["representation"])) for record in records]
+
+
+def zoo_end(zoo: ModelZoo) -> tuple[int, ...]:
+    """The last epoch of a zoo."""
+    return (int(zoo.frame["epoch"].max()),)
+
+
+def others(task: str) -> tuple[str, ...]:
+    """Two other tasks whose images have the same shape."""
+    channels, height, width = load_task(task).image_shape
+    name, _, _ = task.partition("@")
+    known = {"street": "street", "patches": "patches", "digits": "digits"}
+    suffix = "" if (channels, height, width) == (3, 32, 32) else f"@{channels}x{height}x{width}"
+    return tuple(f"{other}{suffix}" for other in ("patches", "street") if other != name)
+
+
+def run_study(name: str, base: Experiment, folder: Path, device: torch.device, command: str = "") -> Path:
+    """Run one study in its folder, or go on with it, and draw its page.
+
+    Args:
+        name: one of STUDIES.
+        base: the experiment that its variants start from.
+        folder: of the lab: zoos and representations are kept here for all studies, the study's own files in folder/name.
+        device: where to train.
+        command: what the page says made it.
+
+    Returns:
+        The path of its page.
+
+    Raises:
+        UserError: no such study, a folder that holds something else.
+        RunFailed: a stage that could not go on.
+    """
+    if name not in STUDIES:
+        raise UserError(f"unknown study {name!r}; the studies are {', '.join(STUDIES)}")
+    chosen, lab = STUDIES[name], Lab(base, folder, name, device)
+    with runs.stage(lab.own, "study", {"study": name, "base": dataclasses.asdict(base)}) as todo:
+        if todo:
+            records = chosen.run(lab)
+            about = {"name": name, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "scale": base.name}
+            write_json(lab.own / "study.json", {**about, "command": command, "metrics": list(chosen.metrics)})
+            write_json(lab.own / "records.json", records)
+    return make_study_report(lab.own)
