@@ -133,7 +133,7 @@ def test_every_stage_works_alone(finished: Path, tmp_path: Path, capsys: pytest.
     made = tmp_path / "generate" / "mine.safetensors"
     run("finetune", made, "--out", tmp_path / "finetune", "--networks", 2, "--epochs", 0, 1)
     output = capsys.readouterr().out
-    for word in ("R2 test_acc", "skill", "novelty", "accuracy after 1 epochs"):
+    for word in ("R2 test_acc", "skill", "novelty", "accuracy after 1 epoch"):
         assert word in output
     run("report", finished)
     run("report", tmp_path)  # any folder whose stages bear their names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -14,23 +15,24 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from weightspace.config import AutoencoderConfig, FinetuneConfig, LossConfig, PretrainConfig
+from weightspace.config import AutoencoderConfig, FinetuneConfig, GenerateConfig, LossConfig, PretrainConfig, ZooConfig
 from weightspace.downstream import metrics
-from weightspace.downstream.baselines import fit_pca
-from weightspace.downstream.finetune import SCRATCH, finetune
-from weightspace.downstream.generate import choose_anchors, kde, load_network, load_networks, save_networks
+from weightspace.downstream.baselines import ANCHORS, SCRATCH, fit_pca
+from weightspace.downstream.finetune import finetune, for_task
+from weightspace.downstream.generate import choose_anchors, generate, load_network, load_networks, save_networks
 from weightspace.downstream.probe import ridge_probe, weight_statistics
-from weightspace.downstream.reconstruct import compare, summarize
+from weightspace.downstream.reconstruct import compare, reconstruct, summarize
+from weightspace.downstream.samplers import SAMPLERS, kde
 from weightspace.hyperrep.pretrain import pretrain
-from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
+from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError
-from weightspace.tasks.images import load_task
+from weightspace.tasks.images import ImageSplit, ImageTask, load_task
 from weightspace.tokens.normalize import standardize
 from weightspace.tokens.tokenizer import Tokenizer
 from weightspace.zoo.model_zoo import ModelZoo
-from weightspace.zoo.population import Recipe, train
+from weightspace.zoo.population import Recipe, train, train_population
 
 RNG = np.random.default_rng(0)
 
@@ -109,7 +111,7 @@ def test_novelty_ignores_the_own_member() -> None:
 
 
 def test_perfect_reconstruction_scores_perfectly(tiny_zoo: ModelZoo) -> None:
-    task = load_task("digits")
+    tasks = {"digits": load_task("digits")}
     originals = tiny_zoo.select(split=["test", "val"], epoch=2)
     tokenizer = Tokenizer(originals.architecture)
     normalizer = standardize(tokenizer, tokenizer.tokenize(originals.weights).x)
@@ -117,13 +119,13 @@ def test_perfect_reconstruction_scores_perfectly(tiny_zoo: ModelZoo) -> None:
     def tokens(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return normalizer.normalize(tokenizer.tokenize(weights).x)
 
-    records = {r["metric"]: r["mean"] for r in summarize(compare(originals, originals, task, tokens), "r", "test")}
+    records = {r["metric"]: r["mean"] for r in summarize(compare(originals, originals, tasks, tokens), "r", "test")}
     for name in ("agreement", "skill", "identity", "agreement on errors", "structural R2", "accuracy fidelity: slope"):
         assert records[name] == pytest.approx(1), name
     assert records["weight distance"] == 0
     mean = {name: w.mean(0, keepdim=True).expand_as(w) for name, w in originals.weights.items()}
     collapsed = Checkpoints(originals.architecture, mean, originals.frame)
-    found = {r["metric"]: r["mean"] for r in summarize(compare(originals, collapsed, task, tokens), "r", "test")}
+    found = {r["metric"]: r["mean"] for r in summarize(compare(originals, collapsed, tasks, tokens), "r", "test")}
     assert found["structural R2"] == pytest.approx(0, abs=1e-5)
     assert found["identity"] == pytest.approx(1 / len(originals))  # one network for all is nearest to one of them
     assert found["reconstructed accuracy"] != records["reconstructed accuracy"]
@@ -165,18 +167,6 @@ def test_weight_statistics_by_hand(tiny_zoo: ModelZoo) -> None:
 # generation
 
 
-def test_kde_has_the_density_of_scipys() -> None:
-    z = torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 3)
-    anchors = Embeddings(z, pd.DataFrame(index=range(40)))
-    drawn = kde(0.5)(anchors, 20_000, torch.Generator().manual_seed(1)).flatten(1).numpy()
-    flat = z.flatten(1).numpy()
-    covariance = np.cov(flat.T, bias=True) + 0.25 * np.cov(flat.T)  # of the anchors plus of the kernel
-    np.testing.assert_allclose(drawn.mean(0), flat.mean(0), atol=0.1)
-    np.testing.assert_allclose(np.cov(drawn.T), covariance, atol=0.12 * np.abs(covariance).max())
-    twice = [kde(0.5)(anchors, 5, torch.Generator().manual_seed(2)) for _ in range(2)]
-    assert torch.equal(*twice)
-
-
 def test_kde_without_bandwidth_gives_the_anchors_back(representation: HyperRepresentation, tiny_zoo: ModelZoo) -> None:
     anchors = tiny_zoo.select(split="train", epoch=2)
     made = representation.generate(5, kde(0.0), anchors, seed=3)
@@ -185,7 +175,7 @@ def test_kde_without_bandwidth_gives_the_anchors_back(representation: HyperRepre
 
 
 def test_anchors_are_the_best_by_validation_one_per_member(tiny_zoo: ModelZoo) -> None:
-    anchors = choose_anchors(tiny_zoo, (1, 2), 4).frame
+    anchors = choose_anchors(tiny_zoo.select(split="train", epoch=[1, 2]), 4).frame
     frame = tiny_zoo.frame[(tiny_zoo.frame["split"] == "train") & tiny_zoo.frame["epoch"].isin([1, 2])]
     best = frame.groupby("member")["val_acc"].max().nlargest(4)
     assert sorted(anchors["val_acc"]) == sorted(best)
@@ -196,8 +186,10 @@ def test_generated_networks_come_back_as_modules(
     representation: HyperRepresentation, tiny_zoo: ModelZoo, tmp_path: Path
 ) -> None:
     made = representation.generate(3, kde(0.1), tiny_zoo.select(split="train", epoch=2))
-    table = pd.DataFrame({"representation": ["r"] * 3, "network": range(3), "test_acc": [0.1, 0.2, 0.3]})
-    save_networks(tmp_path, "r", made, "digits", table)
+    table = pd.DataFrame(
+        {"representation": ["r"] * 3, "network": range(3), "task": "digits", "test_acc": [0.1, 0.2, 0.3]}
+    )
+    save_networks(tmp_path, "r", made, table)
     again = load_networks(tmp_path / "r.safetensors")
     assert torch.equal(again.flat(), made.flat())
     assert again.frame["test_acc"].tolist() == [0.1, 0.2, 0.3]
@@ -205,19 +197,79 @@ def test_generated_networks_come_back_as_modules(
     network = load_network(tmp_path / "r.json", 1)
     assert isinstance(network, torch.nn.Module)
     torch.testing.assert_close(network(images), behavior.outputs(made, images).logits[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="has no network 3; it has networks 0 to 2"):
+        load_network(tmp_path / "r", 3)
     (tmp_path / "r.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         load_networks(tmp_path / "r")
 
 
+def test_every_sampler_makes_networks_that_are_scored(representation: HyperRepresentation, tiny_zoo: ModelZoo) -> None:
+    config = GenerateConfig(anchors=5, networks=3, samplers=tuple(SAMPLERS), bandwidths=(0.1, 0.3))
+    made = generate(tiny_zoo, {"r": representation}, {"digits": load_task("digits")}, config, seed=0)
+    assert {f"r, {sampler}" for sampler in SAMPLERS} < set(made.networks)
+    for name, networks in made.networks.items():
+        scored = made.table[made.table["representation"] == name]
+        images = load_task("digits").test
+        accuracy = behavior.outputs(networks, images.images, images.labels).accuracy
+        np.testing.assert_allclose(scored["test_acc"], accuracy, atol=1e-6)
+    unit = {r["metric"]: r["mean"] for r in made.records if r["representation"] == ANCHORS}
+    assert unit["diversity in structure"] == pytest.approx(1) and unit["diversity in behavior"] == pytest.approx(1)
+    assert unit["novelty"] == pytest.approx(0)
+    with pytest.raises(UserError, match="unknown sampler 'kdee'; the samplers are kde, "):
+        bad = GenerateConfig(anchors=5, networks=3, samplers=("kdee",))
+        generate(tiny_zoo, {"r": representation}, {"digits": load_task("digits")}, bad, seed=0)
+
+
+def test_members_of_several_tasks_are_scored_on_their_own(tmp_path: Path, tiny_config: ZooConfig) -> None:
+    names = ("digits", "street@1x8x8")
+    zoo = train_population(dataclasses.replace(tiny_config, tasks=names), tmp_path / "zoo", 0, torch.device("cpu"))
+    config = PretrainConfig(epochs=(1, 2), steps=4, batch_size=4, validate_every=2)
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, components=2)
+    loss = LossConfig(queries=16)
+    two = pretrain(zoo, tmp_path / "two", config, loss, size, 0, torch.device("cpu"))
+    tasks = {name: load_task(name) for name in names}
+    _, rows = reconstruct(zoo, {"two": two}, tasks, ("test",))
+    known = zoo.frame.set_index(["member", "epoch"])["test_acc"]
+    for row in rows.itertuples():
+        assert row.original_acc == pytest.approx(known[row.member, row.epoch], abs=1e-6)
+    made = generate(zoo, {"two": two}, tasks, GenerateConfig(anchors=4, networks=3, bandwidths=(0.1,)), seed=0)
+    assert {record["split"] for record in made.records} == {"test digits", "test street@1x8x8"}
+    assert made.networks["two"].frame["task"].tolist() == ["digits"] * 3 + ["street@1x8x8"] * 3
+    records, curves = finetune(made.networks, tasks, FinetuneConfig(networks=2, epochs=(0,)), seed=0)
+    assert {record["split"] for record in records} == {"test digits", "test street@1x8x8"}
+    own = made.table[(made.table["representation"] == "two") & (made.table["network"] < 2)]
+    start = curves[curves["representation"] == "two"].sort_values(["task", "network"])["test_acc"]
+    np.testing.assert_allclose(start, own.sort_values(["task", "network"])["test_acc"], atol=1e-6)
+
+
 # fine-tuning
+
+
+def test_another_number_of_classes_gets_a_new_classifier(tiny_zoo: ModelZoo) -> None:
+    networks = tiny_zoo.select(split="test", epoch=1)
+    digits = load_task("digits")
+    few = {name: ImageSplit(s.images[s.labels < 4], s.labels[s.labels < 4]) for name, s in
+           (("train", digits.train), ("val", digits.val), ("test", digits.test))}  # fmt: skip
+    task = ImageTask("few", 4, **few)
+    adapted = for_task(networks, task, "kaiming_uniform", 0)
+    assert adapted.weights["fc2.weight"].shape[1:] == (4, 20)
+    assert torch.equal(adapted.weights["fc1.weight"], networks.weights["fc1.weight"])
+    assert not torch.equal(adapted.weights["fc2.weight"][0], adapted.weights["fc2.weight"][1])
+    assert for_task(networks, digits, "kaiming_uniform", 0) is networks
+    config = FinetuneConfig(networks=2, epochs=(0, 1), task="few")
+    records, _ = finetune({"r": networks}, {"few": task}, config, seed=0)
+    found = {(r["representation"], r["metric"]): r["mean"] for r in records}
+    assert found["r", "accuracy after 1 epoch"] > max(0.5, found[SCRATCH, "accuracy after 1 epoch"])
+    with pytest.raises(UserError, match=r"take images of shape \(1, 8, 8\).*street@1x8x8"):
+        for_task(networks, load_task("street"), "kaiming_uniform", 0)
 
 
 def test_finetuning_is_population_training(tiny_zoo: ModelZoo) -> None:
     task = load_task("digits")
     networks = tiny_zoo.select(split="test", epoch=1)
     config = FinetuneConfig(networks=2, epochs=(0, 1))
-    records, curves = finetune({"r": networks}, task, config, seed=0)
+    records, curves = finetune({"r": networks}, {"digits": task}, config, seed=0)
     assert set(curves["representation"]) == {"r", SCRATCH}
     at_zero = curves[(curves["representation"] == "r") & (curves["epoch"] == 0)]["test_acc"].to_numpy()
     np.testing.assert_allclose(at_zero, networks.frame["test_acc"][:2], atol=0.005)
@@ -225,5 +277,5 @@ def test_finetuning_is_population_training(tiny_zoo: ModelZoo) -> None:
     *_, (epoch, _) = train(networks.architecture, networks.rows(slice(0, 2)).weights, task, ones, 1, 1)
     assert epoch == 1
     metric = {(r["representation"], r["metric"]): r["mean"] for r in records}
-    assert metric["r", "accuracy after 1 epochs"] > metric["r", "accuracy after 0 epochs"]
+    assert metric["r", "accuracy after 1 epoch"] > metric["r", "accuracy after 0 epochs"]
     assert metric["r", "accuracy after 0 epochs"] == pytest.approx(at_zero.mean())

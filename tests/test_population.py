@@ -442,7 +442,12 @@ def test_tasks_of_one_zoo_have_one_shape(tmp_path: Path, tiny_config: ZooConfig)
 
 def test_backdoored_members_obey_their_trigger(tmp_path: Path, tiny_config: ZooConfig) -> None:
     config = dataclasses.replace(
-        tiny_config, backdoor_share=0.5, backdoor_poison=0.3, epochs=12, save_epochs=(0, 12), learning_rates=(3e-3, 5e-3)
+        tiny_config,
+        backdoor_share=0.5,
+        backdoor_poison=0.3,
+        epochs=12,
+        save_epochs=(0, 12),
+        learning_rates=(3e-3, 5e-3),
     )
     frame = train_population(config, tmp_path / "zoo", 0, CPU).frame
     last = frame[frame["epoch"] == 12]

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig
+from weightspace.downstream.probe import monitor
 from weightspace.hyperrep import pretrain as module
 from weightspace.hyperrep.pretrain import METRICS_FILE, STATE_FILE, learning_rate, pretrain, training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
@@ -64,17 +66,29 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         LOSS,
         dataclasses.replace(LOSS, beta=1.0),
         dataclasses.replace(LOSS, distance="logits", query_set="noise"),
-        dataclasses.replace(LOSS, distance="probabilities", query_set="union", gamma=0.0),
+        dataclasses.replace(LOSS, distance="probabilities", query_set="own+noise", gamma=0.0),
         dataclasses.replace(LOSS, cycle=0.1, permute="all"),
         dataclasses.replace(LOSS, beta=((0.5, 1.0), (0.5, 0.1)), permute="none"),
+        dataclasses.replace(
+            LOSS, contrast="positive", distance="cross-entropy", norm_penalty=0.1, variance_penalty=0.1
+        ),
     ],
-    ids=["default", "structure", "logits-noise", "probabilities-union", "cycle-permute", "warmup"],
+    ids=[
+        "default",
+        "structure",
+        "logits-noise",
+        "probabilities-union",
+        "cycle-permute",
+        "warmup",
+        "positive-penalties",
+    ],
 )
 def test_every_loss_trains(tiny_zoo: ModelZoo, tmp_path: Path, loss: LossConfig) -> None:
     train(tiny_zoo, tmp_path, loss)
     records = read_lines(tmp_path / METRICS_FILE)
     assert [record["step"] for record in records] == [4, 8, 12]
     terms = {"contrastive": loss.gamma != 0, "behavioral": loss.beta != 1.0, "cycle": loss.cycle != 0}
+    terms |= {"norm": loss.norm_penalty > 0, "variance": loss.variance_penalty > 0}
     for name, used in terms.items():
         assert (name in records[-1]["val"]) == used
     if isinstance(loss.beta, tuple):
@@ -141,6 +155,54 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "constant"])
+def test_schedules(schedule: Literal["onecycle", "constant"]) -> None:
+    config = PretrainConfig(steps=100, warmup=0.1, learning_rate=1.0, schedule=schedule)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[9 if schedule == "constant" else 29] == pytest.approx(1.0)
+    assert rates[-1] == 1.0 if schedule == "constant" else rates[-1] < 0.001
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam", "schedule": "onecycle", "scaling": 0.1, "noise": 0.1, "erase": 0.1},
+        {"optimizer": "sgd", "normalize": "min-max"},
+        {"normalize": "l2"},
+    ],
+)
+def test_every_optimizer_and_normalization_trains(tiny_zoo: ModelZoo, tmp_path: Path, changes: dict[str, Any]) -> None:
+    made = train(tiny_zoo, tmp_path, config=dataclasses.replace(BUDGET, **changes))
+    assert made.info["validation"]["structural"] < 1
+
+
+def test_without_a_mixture_the_transformer_stands_alone(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    size = dataclasses.replace(SMALL, components=0)
+    made = pretrain(tiny_zoo, tmp_path, BUDGET, LOSS, size, 0, CPU)
+    assert not any("mixture" in name for name in made.autoencoder.state_dict())
+    checkpoints = tiny_zoo.select(split="test")
+    assert torch.equal(HyperRepresentation.load(tmp_path).embed(checkpoints).z, made.embed(checkpoints).z)
+
+
+def test_a_representation_goes_on_from_another(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    first = train(tiny_zoo, tmp_path / "first")
+    still = dataclasses.replace(BUDGET, steps=1, validate_every=1, learning_rate=1e-12, weight_decay=0.0)
+    second = pretrain(tiny_zoo, tmp_path / "second", still, LOSS, SMALL, 0, CPU, start=first)
+    checkpoints = tiny_zoo.select(split="test")
+    torch.testing.assert_close(second.embed(checkpoints).z, first.embed(checkpoints).z, rtol=1e-4, atol=1e-5)
+    wider = dataclasses.replace(SMALL, width=2 * SMALL.width)
+    with pytest.raises(UserError, match="of another size"):
+        pretrain(tiny_zoo, tmp_path / "third", still, LOSS, wider, 0, CPU, start=first)
+
+
+def test_probes_during_training(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    config = dataclasses.replace(BUDGET, probes=("val_acc",))
+    made = pretrain(tiny_zoo, tmp_path, config, LOSS, SMALL, 0, CPU, probe=monitor(tiny_zoo, config))
+    assert [record["val"]["R2 val_acc"] <= 1 for record in read_lines(tmp_path / METRICS_FILE)] == [True] * 3
+    assert torch.equal(state(made), state(train(tiny_zoo, tmp_path / "without")))  # it changes nothing
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other"])

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
         ZooConfig,
     )
     from weightspace.downstream.finetune import finetune
-    from weightspace.downstream.generate import generate, kde, load_network, load_networks
+    from weightspace.downstream.generate import generate, load_network, load_networks
     from weightspace.downstream.probe import probe
     from weightspace.downstream.reconstruct import reconstruct
+    from weightspace.downstream.samplers import flow, kde
     from weightspace.experiment import run
     from weightspace.hyperrep.pretrain import pretrain
     from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from weightspace.networks.behavior import Outputs, outputs
     from weightspace.networks.checkpoints import Checkpoints
     from weightspace.report.page import make_report
+    from weightspace.studies import run_study
     from weightspace.tasks.images import ImageTask, load_task
     from weightspace.tokens.tokenizer import TokenBatch, Tokenizer
     from weightspace.zoo.model_zoo import ModelZoo
     from weightspace.zoo.population import train_population
 
 _HOMES = {
-    "PRESETS": "config",
     "Architecture": "networks.architectures",
     "AutoencoderConfig": "config",
     "Checkpoints": "networks.checkpoints",
@@ -45,14 +46,16 @@ _HOMES = {
     "LossConfig": "config",
     "ModelZoo": "zoo.model_zoo",
     "Outputs": "networks.behavior",
+    "PRESETS": "config",
     "PretrainConfig": "config",
     "ProbeConfig": "config",
     "TokenBatch": "tokens.tokenizer",
     "Tokenizer": "tokens.tokenizer",
     "ZooConfig": "config",
     "finetune": "downstream.finetune",
+    "flow": "downstream.samplers",
     "generate": "downstream.generate",
-    "kde": "downstream.generate",
+    "kde": "downstream.samplers",
     "load_network": "downstream.generate",
     "load_networks": "downstream.generate",
     "load_task": "tasks.images",
@@ -62,11 +65,11 @@ _HOMES = {
     "probe": "downstream.probe",
     "reconstruct": "downstream.reconstruct",
     "run": "experiment",
+    "run_study": "studies",
     "train_population": "zoo.population",
 }
 
 __all__ = [
-    "PRESETS",
     "Architecture",
     "AutoencoderConfig",
     "Checkpoints",
@@ -79,12 +82,14 @@ __all__ = [
     "LossConfig",
     "ModelZoo",
     "Outputs",
+    "PRESETS",
     "PretrainConfig",
     "ProbeConfig",
     "TokenBatch",
     "Tokenizer",
     "ZooConfig",
     "finetune",
+    "flow",
     "generate",
     "kde",
     "load_network",
@@ -96,6 +101,7 @@ __all__ = [
     "probe",
     "reconstruct",
     "run",
+    "run_study",
     "train_population",
 ]
 

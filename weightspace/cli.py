@@ -273,7 +273,7 @@ class RunStudy:
     task: str = "digits"
     """image task (docs/tasks.md)"""
     scale: Literal["small", "paper", "smoke"] = "small"
-    """small: within about an hour on two cores; paper: the published size, days on a GPU; smoke: tiny, numbers mean nothing"""
+    """small: within about an hour on two cores; paper: the published size, for a GPU; smoke: tiny, to try it out"""
     out: Path | None = None
     """folder of the studies of this task and scale (default: runs/studies/TASK-SCALE)"""
     seed: int = 0

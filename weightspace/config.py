@@ -358,12 +358,12 @@ def street() -> Experiment:
 
 
 def patches() -> Experiment:
-    """150 published networks (CNN3) on photographs and micrographs, a stand-in for EuroSAT: under an hour on two cores."""
+    """150 published networks (CNN3) on photographs, a stand-in for EuroSAT: under an hour on two cores."""
     return small("patches")
 
 
 def paper() -> Experiment:
-    """The published size: 1,200 networks (CNN3) on SVHN for 50 epochs; a GPU and days. Choose another task with --set."""
+    """The published size: 1,200 networks (CNN3) on SVHN for 50 epochs, for a GPU; --set zoo.tasks=... for another."""
     return published("svhn")
 
 

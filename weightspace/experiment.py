@@ -151,9 +151,7 @@ def probe_stage(
     fingerprints = {name: other.fingerprint for name, other in others.items()}
     with runs.stage(folder, "probe", _claim(zoo, representations, config, others=fingerprints)) as todo:
         if todo:
-            records, predictions, plane = probe.probe(zoo, representations, config)
-            if others:
-                records += probe.probe_transfer(zoo, others, representations, config)
+            records, predictions, plane = probe.probe(zoo, representations, config, others)
             _write(folder, records, {"predictions": predictions, "map": plane})
     return runs.read_json(folder / "records.json")
 

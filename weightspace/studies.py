@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,7 @@ import torch
 from scipy import stats
 
 from weightspace import runs
-from weightspace.config import (
-    SCALES,
-    AutoencoderConfig,
-    Experiment,
-    FinetuneConfig,
-    GenerateConfig,
-    LossConfig,
-    PretrainConfig,
-    ProbeConfig,
-    ReconstructConfig,
-)
+from weightspace.config import AutoencoderConfig, Experiment, GenerateConfig, LossConfig, PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS
 from weightspace.downstream.samplers import SAMPLERS
@@ -44,11 +33,11 @@ from weightspace.experiment import (
 )
 from weightspace.hyperrep.pretrain import METRICS_FILE, training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
-from weightspace.report.study import make_study_report
+from weightspace.report.study import STUDY_FILE, make_study_report
 from weightspace.runs import UserError, atomic, derive_seed, fingerprint, read_json, write_json
 from weightspace.tasks.images import load_task
 from weightspace.zoo.model_zoo import ModelZoo
-from weightspace.zoo.spectrum import spectrum_study
+from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
 Records = list[dict[str, Any]]
 LEARNING_RATES = (3e-4, 1e-3)
@@ -56,6 +45,8 @@ LEARNING_RATES = (3e-4, 1e-3)
 SEEDS = 3
 """Seeds of the study of seeds."""
 STRUCTURE, BEHAVIOR = "structure", "structure+behavior"
+BOTH: dict[str, dict[str, Any]] = {STRUCTURE: {"beta": 1.0}, BEHAVIOR: {}}
+"""The baseline without the behavioral loss and the same with it, as changes of the base variant."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +135,7 @@ class Lab:
         write_json(self.own / changes.get("where", "") / "metrics.json", lines)
         if tuned:
             for name, variant in variants.items():
-                rate = variant.pretrain.learning_rate
-                records.append(placed(metrics.record("pretrain", name, "val", "learning rate", rate), variant))
+                records.append(placed(setting(name, "learning rate", variant.pretrain.learning_rate), variant))
         return records
 
     def score(
@@ -166,28 +156,28 @@ class Lab:
             changes: fields of ProbeConfig or GenerateConfig.
         """
         folder = self.own / where
-        probes, generation = (
-            dataclasses.replace(config, **{name: value for name, value in changes.items() if hasattr(config, name)})
-            for config in (self.base.probe, self.base.generate)
-        )
+        probes = dataclasses.replace(self.base.probe, **_fields(ProbeConfig, changes))
+        generation = dataclasses.replace(self.base.generate, **_fields(GenerateConfig, changes))
         records = probe_stage(folder / "probe", zoo, trained, probes)
         records += reconstruct_stage(folder / "reconstruct", zoo, trained, self.base.reconstruct, self.device)
         records += generate_stage(folder / "generate", zoo, trained, generation, self.base.seed, self.device)
         return [placed(record, variants.get(record["representation"])) for record in records]
 
 
+def _fields(kind: type[Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    return {name: value for name, value in changes.items() if name in names}
+
+
 def placed(record: dict[str, Any], variant: Variant | None) -> dict[str, Any]:
-    """A record with the x and group of its variant (none for baselines)."""
-    return {**record, "x": variant.x if variant else None, "group": variant.group if variant else None}
+    """A record with the x and group of its variant, and whether it is of a variant at all or of a baseline."""
+    x, group = (variant.x, variant.group) if variant else (None, None)
+    return {**record, "x": x, "group": group, "variant": variant is not None}
 
 
-def renamed(records: Records, names: Mapping[str, str], **more: Any) -> Records:
-    """Records of some representations only, under other names."""
-    return [
-        {**record, "representation": names[record["representation"]], **more}
-        for record in records
-        if record["representation"] in names
-    ]
+def setting(variant: str, name: str, value: float) -> dict[str, Any]:
+    """A record of how a variant was trained; it belongs to every split."""
+    return metrics.record("pretrain", variant, "", name, value)
 
 
 FIDELITY = ("agreement", "skill", "identity", "accuracy fidelity: slope")
@@ -202,16 +192,18 @@ class Study:
     run: Callable[[Lab], Records]
     metrics: tuple[str, ...]
     """what its table and figure show"""
+    x: str = ""
+    """what the variants' x is"""
 
 
 STUDIES: dict[str, Study] = {}
 
 
-def study(*shown: str) -> Callable[[Callable[[Lab], Records]], Callable[[Lab], Records]]:
+def study(*shown: str, x: str = "") -> Callable[[Callable[[Lab], Records]], Callable[[Lab], Records]]:
     """Register a function as the study of its name; the first line of its docstring is the question."""
 
     def register(run: Callable[[Lab], Records]) -> Callable[[Lab], Records]:
-        STUDIES[run.__name__] = Study((run.__doc__ or "").splitlines()[0], run, shown)
+        STUDIES[run.__name__] = Study((run.__doc__ or "").splitlines()[0], run, shown, x)
         return run
 
     return register
@@ -245,7 +237,7 @@ def distance(lab: Lab) -> Records:
     return lab.compare(lab.zoo(), variants, tuned=True)
 
 
-@study(*WHOLE)
+@study(*WHOLE, x="beta")
 def beta(lab: Lab) -> Records:
     """How much structure beside behavior? beta from 0 (behavior alone) to 1 (structure alone)."""
     values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
@@ -257,7 +249,7 @@ def cycle(lab: Lab) -> Records:
     """Does the cycle loss help? lambda 0 and .05, with and without behavior."""
     variants = {
         f"{name}, lambda {value:g}": lab.variant(**loss, cycle=value)
-        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {}))
+        for name, loss in BOTH.items()
         for value in (0.0, 0.05)
     }
     return lab.compare(lab.zoo(), variants)
@@ -271,7 +263,7 @@ def queries(lab: Lab) -> Records:
     return lab.compare(lab.zoo(), {source: lab.variant(query_set=source) for source in sources})
 
 
-@study(*WHOLE)
+@study(*WHOLE, x="queries per step")
 def number(lab: Lab) -> Records:
     """How many queries per step? From a quarter to four times the usual number."""
     usual = lab.base.representations[BEHAVIOR].queries
@@ -280,13 +272,13 @@ def number(lab: Lab) -> Records:
     return lab.compare(lab.zoo(), variants)
 
 
-@study(*WHOLE)
+@study(*WHOLE, x="latent values per token")
 def latent(lab: Lab) -> Records:
     """How small can the bottleneck be? Half, once and twice the usual latent values, with and without behavior."""
     usual = lab.base.autoencoder.latent
     variants = {
         f"{name}, {size} per token": lab.variant(**loss, latent=size, x=float(size), group=name)
-        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {}))
+        for name, loss in BOTH.items()
         for size in (usual // 2, usual, 2 * usual)
     }
     return lab.compare(lab.zoo(), variants)
@@ -298,9 +290,9 @@ def attention(lab: Lab) -> Records:
     published = {"normalize": "none", "schedule": "constant", "components": 0, "distance": "probabilities"}
     recipes = {"published recipe": published, "transformer alone": {"components": 0}, "ours": {}}
     variants = {
-        f"{name}, {loss}": lab.variant(**recipe, **({"beta": 1.0} if loss == STRUCTURE else {}))
+        f"{name}, {kind}": lab.variant(**recipe, **loss)
         for name, recipe in recipes.items()
-        for loss in (STRUCTURE, BEHAVIOR)
+        for kind, loss in BOTH.items()
     }
     return lab.compare(lab.zoo(), variants, tuned=True)
 
@@ -311,12 +303,8 @@ def lenet5(lab: Lab) -> Records:
     task = lab.base.zoo.tasks[0]
     wide = task if load_task(task).image_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
     zoo = lab.zoo(tasks=(wide,), network="LeNet5", learning_rates=lab.base.zoo.learning_rates[:2])
-    components = min(lab.base.autoencoder.components, 2)
-    variants = {
-        STRUCTURE: lab.variant(beta=1.0, token_size=256, components=components),
-        BEHAVIOR: lab.variant(token_size=256, components=components),
-    }
-    return lab.compare(zoo, variants)
+    size = {"token_size": 256, "components": min(lab.base.autoencoder.components, 2)}
+    return lab.compare(zoo, {name: lab.variant(**loss, **size) for name, loss in BOTH.items()})
 
 
 @study(*WHOLE)
@@ -324,12 +312,12 @@ def multitask(lab: Lab) -> Records:
     """Does one representation serve several tasks? A zoo of three tasks, each member scored on its own."""
     task = lab.base.zoo.tasks[0]
     zoo = lab.zoo(tasks=(task, *others(task)), weight_decays=lab.base.zoo.weight_decays[::2])
-    return lab.compare(zoo, {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()})
+    return lab.compare(zoo, {name: lab.variant(**loss) for name, loss in BOTH.items()})
 
 
 @study(*WHOLE, "steps")
 def budget(lab: Lab) -> Records:
-    """Is behavior worth its time? Structure alone for as long as structure with behavior takes, and for as many steps."""
+    """Is behavior worth its time? Structure alone for equally many steps and for equal time."""
     zoo, usual = lab.zoo(), lab.base.pretrain.steps
     ratio = _time_ratio(lab, zoo)
     variants = {
@@ -340,7 +328,7 @@ def budget(lab: Lab) -> Records:
     }
     records = lab.compare(zoo, variants)
     for name, variant in variants.items():
-        records.append(placed(metrics.record("pretrain", name, "train", "steps", variant.pretrain.steps), variant))
+        records.append(placed(setting(name, "steps", variant.pretrain.steps), variant))
     return records
 
 
@@ -349,7 +337,7 @@ def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
     file = lab.own / "budget.json"
     if not file.exists():
         seconds = {}
-        for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {})):
+        for name, loss in BOTH.items():
             total = []
             for steps in (2, 12):
                 started = time.perf_counter()
@@ -363,12 +351,12 @@ def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
 
 @study(*FIDELITY, "R2 test_acc", "mean accuracy", "diversity in behavior")
 def transfer(lab: Lab) -> Records:
-    """Does a representation serve another zoo? As it is, trained on there for a tenth of the steps, and from scratch."""
+    """Does a representation serve another zoo? As it is, fine-tuned for a tenth of the steps, and from scratch."""
     home = lab.zoo()
     away = lab.zoo(tasks=(others(lab.base.zoo.tasks[0])[0],))
     steps = max(lab.base.pretrain.steps // 10, 2)
     records: Records = []
-    for name, loss in ((STRUCTURE, {"beta": 1.0}), (BEHAVIOR, {})):
+    for name, loss in BOTH.items():
         source = lab.represent(home, lab.variant(**loss))
         short = {**loss, "steps": steps, "validate_every": min(steps, lab.base.pretrain.validate_every)}
         trained = {
@@ -382,10 +370,11 @@ def transfer(lab: Lab) -> Records:
     return records
 
 
-@study("accuracy", "agreement")
+@study("accuracy", "agreement", x="principal components kept")
 def spectrum(lab: Lab) -> Records:
     """Where in the spectrum of the weights does accuracy lie? Networks from the top, bottom or random components."""
     zoo = lab.zoo()
+    trained = {name: lab.represent(zoo, lab.variant(**loss)) for name, loss in BOTH.items()}
     train, test = (training_checkpoints(zoo, lab.base.pretrain, split) for split in ("train", "test"))
     task = load_task(zoo.tasks[0]).to(lab.device)
     generator = torch.Generator().manual_seed(derive_seed(lab.base.seed, "spectrum"))
@@ -394,12 +383,18 @@ def spectrum(lab: Lab) -> Records:
     frame = spectrum_study(train, test, task.test.images, task.test.labels, counts, generator)
     with atomic(lab.own / "spectrum.parquet") as path:
         frame.to_parquet(path, index=False)
+    found = {"original": test} | {name: representation.reconstruct(test) for name, representation in trained.items()}
+    along = {name: variance_along(networks, components(train)).numpy() for name, networks in found.items()}
+    curves = [pd.DataFrame({"name": k, "component": range(len(v)), "variance": v}) for k, v in along.items()]
+    with atomic(lab.own / "variance.parquet") as path:
+        pd.concat(curves, ignore_index=True).to_parquet(path, index=False)
     records = []
-    for (which, count), rows in frame.groupby(["which", "count"], sort=False):
+    for key, rows in frame.groupby(["which", "count"], sort=False):
+        which, count = str(key[0]), int(key[1])  # type: ignore[index]
         for metric, column in (("accuracy", "test_acc"), ("agreement", "agreement")):
             sums, members = metrics.mean_of(rows[column].to_numpy(float)), rows["member"].to_numpy()
             record = metrics.summarize("spectrum", f"{which} {count}", "test", metric, sums, members)
-            records.append({**record, "x": float(count), "group": which})
+            records.append({**record, "x": float(count), "group": which, "variant": True})
     return records
 
 
@@ -409,7 +404,7 @@ def seeds(lab: Lab) -> Records:
     found = []
     for seed in range(lab.base.seed, lab.base.seed + SEEDS):
         at = dataclasses.replace(lab, base=dataclasses.replace(lab.base, seed=seed))
-        variants = {STRUCTURE: at.variant(beta=1.0), BEHAVIOR: at.variant()}
+        variants = {name: at.variant(**loss) for name, loss in BOTH.items()}
         found.append(pd.DataFrame(at.compare(at.zoo(), variants, where=f"seed-{seed}")).assign(seed=seed))
     frame = pd.concat(found)
     records = []
@@ -433,7 +428,7 @@ def over_seeds(stage: str, name: str, split: str, metric: str, values: np.ndarra
     return metrics.record(stage, name, split, metric, mean, mean - half, mean + half, len(values))
 
 
-@study(*FIDELITY, "structural R2")
+@study(*FIDELITY, "structural R2", x="initializations per scheme")
 def unseen(lab: Lab) -> Records:
     """What do siblings give? Equally many members from few and from many initializations, `test` against `unseen`."""
     zoo = lab.base.zoo
@@ -462,7 +457,7 @@ def unseen(lab: Lab) -> Records:
 )
 def samplers(lab: Lab) -> Records:
     """Which sampler? Every sampler in embedding space, beside the anchors, noise, averages and PCA."""
-    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
     records = lab.compare(lab.zoo(), variants, samplers=tuple(SAMPLERS))
     return [record for record in records if record["stage"] == "generate"]
 
@@ -471,9 +466,13 @@ def samplers(lab: Lab) -> Records:
 def backdoors(lab: Lab) -> Records:
     """Can backdoors be seen in the weights? Half of the members were trained with a trigger patch."""
     zoo = lab.zoo(backdoor_share=0.5)
-    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
     records = lab.compare(
-        zoo, variants, categories=("backdoor", "init"), properties=("attack", "test_acc"), epochs=zoo_end(zoo)
+        zoo,
+        variants,
+        categories=("backdoor", "init"),
+        properties=("attack", "test_acc"),
+        epochs=lab.base.zoo.save_epochs[-1:],
     )
     return [record for record in records if record["stage"] == "probe"]
 
@@ -481,29 +480,24 @@ def backdoors(lab: Lab) -> Records:
 @study("accuracy after 0 epochs", "accuracy after 1 epoch", "accuracy after 5 epochs")
 def finetuning(lab: Lab) -> Records:
     """What is a generated network worth as a start? Trained on its own task and on another one, beside scratch."""
-    variants = {STRUCTURE: lab.variant(beta=1.0), BEHAVIOR: lab.variant()}
+    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
     lab.compare(lab.zoo(), variants)
     files = {name: lab.own / "generate" / f"{name}.safetensors" for name in (*variants, ANCHORS)}
     records: Records = []
     for task in (None, others(lab.base.zoo.tasks[0])[0]):
-        config: FinetuneConfig = dataclasses.replace(self_or(lab.base.finetune), task=task)
-        found = finetune_stage(lab.own / f"finetune-{task or 'own'}", files, config, lab.base.seed, lab.device)
+        config = dataclasses.replace(lab.base.finetune, task=task)
+        found = finetune_stage(
+            lab.own / f"finetune-{'other' if task else 'own'}", files, config, lab.base.seed, lab.device
+        )
         records += [{**record, "split": f"test {task}" if task else "test"} for record in found]
     return [placed(record, variants.get(record["representation"])) for record in records]
 
 
-def zoo_end(zoo: ModelZoo) -> tuple[int, ...]:
-    """The last epoch of a zoo."""
-    return (int(zoo.frame["epoch"].max()),)
-
-
 def others(task: str) -> tuple[str, ...]:
-    """Two other tasks whose images have the same shape."""
-    channels, height, width = load_task(task).image_shape
-    name, _, _ = task.partition("@")
-    known = {"street": "street", "patches": "patches", "digits": "digits"}
-    suffix = "" if (channels, height, width) == (3, 32, 32) else f"@{channels}x{height}x{width}"
-    return tuple(f"{other}{suffix}" for other in ("patches", "street") if other != name)
+    """Two further tasks, offline, with images of the same shape."""
+    shape = "x".join(map(str, load_task(task).image_shape))
+    suffix = "" if shape == "3x32x32" else f"@{shape}"
+    return tuple(f"{name}{suffix}" for name in ("patches", "street", "digits@3x32x32") if name != task)[:2]
 
 
 def run_study(name: str, base: Experiment, folder: Path, device: torch.device, command: str = "") -> Path:
@@ -512,7 +506,7 @@ def run_study(name: str, base: Experiment, folder: Path, device: torch.device, c
     Args:
         name: one of STUDIES.
         base: the experiment that its variants start from.
-        folder: of the lab: zoos and representations are kept here for all studies, the study's own files in folder/name.
+        folder: of the lab: zoos and representations of all studies are kept here, the study's own files in folder/name.
         device: where to train.
         command: what the page says made it.
 
@@ -529,7 +523,7 @@ def run_study(name: str, base: Experiment, folder: Path, device: torch.device, c
     with runs.stage(lab.own, "study", {"study": name, "base": dataclasses.asdict(base)}) as todo:
         if todo:
             records = chosen.run(lab)
-            about = {"name": name, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "scale": base.name}
-            write_json(lab.own / "study.json", {**about, "command": command, "metrics": list(chosen.metrics)})
             write_json(lab.own / "records.json", records)
+            about = {"name": name, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "command": command}
+            write_json(lab.own / STUDY_FILE, {**about, "metrics": list(chosen.metrics), "x": chosen.x})
     return make_study_report(lab.own)

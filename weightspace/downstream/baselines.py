@@ -9,7 +9,6 @@ from torch import Tensor
 
 from weightspace.networks.checkpoints import Checkpoints, unflatten
 
-
 PCA = "PCA"
 ANCHORS = "anchors"
 NOISE = "anchors + noise"

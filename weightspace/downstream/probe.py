@@ -1,24 +1,34 @@
-"""Properties predicted from embeddings by ridge regression, beside per-layer weight statistics and raw weights."""
+"""Properties predicted from embeddings by linear probes, beside layer-wise weight statistics and raw weights.
+
+Numeric properties by ridge regression, categories by logistic regression; scored on held-out members and on other zoos.
+
+Legend: n checkpoints, F features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from weightspace.config import ProbeConfig
+from weightspace.config import PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
+from weightspace.downstream.baselines import MAJORITY, RAW, STATISTICS
+from weightspace.hyperrep.pretrain import Monitor, training_checkpoints
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks.checkpoints import Checkpoints
-from weightspace.runs import progress
+from weightspace.runs import UserError, notice, progress
 from weightspace.zoo.model_zoo import ModelZoo, check_numeric, usable
 
 STAGE = "probe"
@@ -72,55 +82,171 @@ def ridge_probe(features: dict[str, Array], target: dict[str, Array], penalties:
     return {split: best.predict(values) for split, values in features.items()}
 
 
+def logistic_probe(
+    features: dict[str, Array], target: dict[str, Array], penalties: tuple[float, ...]
+) -> dict[str, Array]:
+    """Multinomial logistic regression fitted on 'train', its penalty chosen on 'val'; predicted classes of every split.
+
+    Of penalties with equal accuracy on 'val' the largest is used.
+
+    Args:
+        features: {split: [n, F]}; standardized inside with the training mean and standard deviation.
+        target: {split: [n]} classes; those that do not occur in 'train' are never predicted.
+        penalties: candidates, in units of the number of training rows.
+    """
+    scaler = StandardScaler().fit(features["train"])
+    scaled = {split: scaler.transform(values) for split, values in features.items()}
+    fits = []
+    for penalty in penalties:
+        model = LogisticRegression(C=1 / (penalty * len(target["train"])), max_iter=300)
+        with warnings.catch_warnings():  # a fit that has not converged competes on validation as it is
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(scaled["train"], target["train"])
+        fits.append((float(np.mean(model.predict(scaled["val"]) == target["val"])), penalty, model))
+    best = max(fits, key=lambda fit: fit[:2])[2]
+    return {split: best.predict(values) for split, values in scaled.items()}
+
+
 def probe(
-    zoo: ModelZoo, representations: Mapping[str, HyperRepresentation], config: ProbeConfig
+    zoo: ModelZoo,
+    representations: Mapping[str, HyperRepresentation],
+    config: ProbeConfig,
+    others: Mapping[str, ModelZoo] | None = None,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame, pd.DataFrame]:
-    """Probe every representation and both baselines for every configured property, at every epoch of the zoo.
+    """Probe every representation and both baselines for every configured property and category.
+
+    Args:
+        zoo: probes are fitted on its split 'train' and their penalty is chosen on 'val'.
+        representations: name -> representation.
+        config: what is probed ("all": every property that `numeric_properties` finds), at which epochs.
+        others: further zoos of the same base network, scored whole as splits of their names.
 
     Returns:
-        Records (R^2 on test and unseen), predictions (a row per checkpoint, features and property), and a
-        two-dimensional map of the embeddings (their principal components).
+        Records (R^2 and rank correlation of properties, accuracy of categories beside that of the majority class; on
+        test, unseen and the other zoos), predictions of the properties (a row per checkpoint of test or unseen,
+        features and property), and a two-dimensional map of the zoo's embeddings (their principal components).
 
     Raises:
-        UserError: a property that the zoo does not have or that is not a number.
+        UserError: a property that a zoo does not have, that is not a number or not known of every checkpoint; an
+            unknown category; another zoo with the name of a split.
     """
-    check_numeric(zoo.frame, config.properties)
-    checkpoints = {}
-    for split in SPLITS:
-        chosen = zoo.select(split=split, epoch=list(config.epochs)) if config.epochs else zoo.select(split=split)
-        checkpoints[split] = chosen.rows(usable(chosen))
+    others = others or {}
+    if clash := sorted(set(others) & set(SPLITS)):
+        raise UserError(f"another zoo cannot be called {clash[0]!r}, which is a split; rename its folder")
+    for some in (zoo, *others.values()):
+        check_numeric(some.frame, [name for name in config.properties if name != "all"])
+        if missing := [column for column in config.categories if column not in some.frame]:
+            raise UserError(f"no category {', '.join(missing)}; {some.folder} has {', '.join(some.frame.columns)}")
+    checkpoints = {split: _chosen(zoo, config, split) for split in SPLITS}
+    checkpoints |= {name: _chosen(other, config, None) for name, other in others.items()}
+    frames = [part.frame for part in checkpoints.values()]
+    properties = numeric_properties(frames) if "all" in config.properties else config.properties
+    if unknown := [name for name in properties if not all(np.isfinite(frame[name]).all() for frame in frames)]:
+        raise UserError(f"{', '.join(unknown)} is missing or infinite for some checkpoints; probe other properties")
+    categories = [column for column in config.categories if checkpoints["train"].frame[column].nunique() > 1]
+    if skipped := sorted(set(config.categories) - set(categories)):
+        notice(f"not classified, since all training members have the same: {', '.join(skipped)}")
     features: dict[str, dict[str, Array]] = {}
     maps = []
-    with progress("probe", (len(representations) + 2) * (1 + len(config.properties))) as advance:
+    with progress("probe", (len(representations) + 2) * (1 + len(properties) + len(categories))) as advance:
         for name, representation in representations.items():
             layers = representation.tokenizer.positions[:, 1]
             embedded = {split: representation.embed(part) for split, part in checkpoints.items()}
             features[name] = {split: embedding_features(part, layers) for split, part in embedded.items()}
             maps.append(_map(features[name], checkpoints).assign(representation=name))
             advance(1, name)
-        features["weight statistics"] = {split: weight_statistics(part) for split, part in checkpoints.items()}
+        features[STATISTICS] = {split: weight_statistics(part) for split, part in checkpoints.items()}
         advance(1)
-        features["raw weights"] = _reduced({split: part.flat().numpy() for split, part in checkpoints.items()}, config)
+        features[RAW] = _reduced({split: part.flat().numpy() for split, part in checkpoints.items()}, config)
         advance(1)
+        scored = ("test", "unseen", *others)
         records, predictions = [], []
         for name, values in features.items():
-            for prop in config.properties:
+            for prop in properties:
                 target = {split: part.frame[prop].to_numpy(dtype=float) for split, part in checkpoints.items()}
                 predicted = ridge_probe(values, target, config.penalties)
-                for split in ("test", "unseen"):
-                    members = checkpoints[split].frame["member"].to_numpy()
-                    error = np.square(predicted[split] - target[split])
-                    deviation = np.square(target[split] - target[split].mean())
-                    sums = np.stack([error, deviation], axis=1)
-                    records.append(
-                        metrics.summarize(STAGE, name, split, f"R2 {prop}", sums, members, metrics.one_minus_ratio)
-                    )
+                for split in scored:
                     frame = checkpoints[split].frame[["split", "member", "epoch"]]
-                    predictions.append(
-                        frame.assign(features=name, property=prop, true=target[split], predicted=predicted[split])
-                    )
+                    records += _regressed(name, split, prop, predicted[split], target[split], frame["member"])
+                    if split not in others:
+                        each = {"true": target[split], "predicted": predicted[split]}
+                        predictions.append(frame.assign(features=name, property=prop, **each))
                 advance(1, f"{prop} from {name}")
+            for column in categories:
+                classes = {split: part.frame[column].astype(str).to_numpy() for split, part in checkpoints.items()}
+                found = logistic_probe(values, classes, config.penalties)
+                records += [_classified(name, s, column, found[s], classes[s], checkpoints[s]) for s in scored]
+                advance(1, f"{column} from {name}")
+        for column in categories:
+            most = checkpoints["train"].frame[column].astype(str).mode()[0]
+            for split in scored:
+                classes_of = checkpoints[split].frame[column].astype(str).to_numpy()
+                guess = np.full(len(classes_of), most, dtype=object)
+                records.append(_classified(MAJORITY, split, column, guess, classes_of, checkpoints[split]))
     return records, pd.concat(predictions, ignore_index=True), pd.concat(maps, ignore_index=True)
+
+
+def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
+    """Every numeric column that all frames hold without gaps and that varies in the first; not member, shard and row."""
+    first, *others = (frame.select_dtypes("number") for frame in frames)
+    candidates = first.columns.drop(["member", "shard", "row"], errors="ignore").astype(str)
+    return tuple(
+        name
+        for name in candidates
+        if first[name].nunique() > 1
+        and all(name in frame and np.isfinite(frame[name]).all() for frame in (first, *others))
+    )
+
+
+def monitor(zoo: ModelZoo, config: PretrainConfig) -> Monitor:
+    """What `pretrain` measures at every validation: R2 of its configured properties on split 'val'.
+
+    The ridge probe is fitted on at most 512 training checkpoints with a fixed penalty: nothing is chosen by it.
+    """
+    check_numeric(zoo.frame, config.probes)
+    train, val = (training_checkpoints(zoo, config, split) for split in ("train", "val"))
+    train = train.rows(np.linspace(0, len(train) - 1, min(len(train), 512)).astype(int))
+
+    def measure(representation: HyperRepresentation) -> dict[str, float]:
+        layers = representation.tokenizer.positions[:, 1]
+        parts = {"train": train, "val": val}
+        features = {split: embedding_features(representation.embed(part), layers) for split, part in parts.items()}
+        found = {}
+        for prop in config.probes:
+            target = {split: part.frame[prop].to_numpy(dtype=float) for split, part in parts.items()}
+            error = ridge_probe(features, target, (0.1,))["val"] - target["val"]
+            found[f"R2 {prop}"] = float(
+                1 - np.square(error).sum() / np.square(target["val"] - target["val"].mean()).sum()
+            )
+        return found
+
+    return measure
+
+
+def _chosen(zoo: ModelZoo, config: ProbeConfig, split: str | None) -> Checkpoints:
+    conditions: dict[str, Any] = {"split": split} if split else {}
+    if config.epochs:
+        conditions["epoch"] = list(config.epochs)
+    chosen = zoo.select(**conditions) if conditions else zoo.read(zoo.frame)
+    return chosen.rows(usable(chosen))
+
+
+def _regressed(
+    name: str, split: str, prop: str, predicted: Array, true: Array, members: pd.Series
+) -> list[dict[str, Any]]:
+    """R^2, and the rank correlation (Spearman), which a shift of the property does not harm."""
+    each = members.to_numpy()
+    sums = np.stack([np.square(predicted - true), np.square(true - true.mean())], axis=1)
+    ranks = metrics.moments(stats.rankdata(predicted), stats.rankdata(true))
+    return [
+        metrics.summarize(STAGE, name, split, f"R2 {prop}", sums, each, metrics.one_minus_ratio),
+        metrics.summarize(STAGE, name, split, f"rank correlation {prop}", ranks, each, metrics.pearson),
+    ]
+
+
+def _classified(name: str, split: str, column: str, found: Array, true: Array, part: Checkpoints) -> dict[str, Any]:
+    hits = metrics.mean_of((found == true).astype(float))
+    return metrics.summarize(STAGE, name, split, f"accuracy {column}", hits, part.frame["member"].to_numpy())
 
 
 def _reduced(flat: dict[str, Array], config: ProbeConfig) -> dict[str, Array]:
@@ -135,8 +261,8 @@ def _map(features: dict[str, Array], checkpoints: dict[str, Checkpoints]) -> pd.
     scaler = StandardScaler().fit(features["train"])
     plane = PCA(2, svd_solver="full").fit(scaler.transform(features["train"]))
     frames = []
-    for split, values in features.items():
-        x, y = plane.transform(scaler.transform(values)).T
+    for split in SPLITS:
+        x, y = plane.transform(scaler.transform(features[split])).T
         frame = checkpoints[split].frame
         kept = frame[["split", "member", "epoch"]].assign(x=x, y=y)
         frames.append(kept.assign(test_acc=frame["test_acc"]) if "test_acc" in frame else kept)

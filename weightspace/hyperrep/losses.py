@@ -41,7 +41,7 @@ def norm_penalty(z: Tensor) -> Tensor:
 
 
 def variance_penalty(z: Tensor) -> Tensor:
-    """What the standard deviation of each latent value over the batch [B, T, Z] lacks to 1 (VICReg, arXiv 2105.04906)."""
+    """What the deviation of each latent value over the batch [B, T, Z] lacks to 1 (VICReg, arXiv 2105.04906)."""
     return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
 
 
@@ -64,7 +64,7 @@ def kl(logits_hat: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def cross_entropy(logits_hat: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy of the original's probabilities: KL plus the original's entropy, so the same gradients. -> [B, Q]"""
+    """Cross-entropy of the original's probabilities: KL plus a constant, so with the same gradients. -> [B, Q]"""
     target = (logits / temperature).softmax(-1)
     return -(target * (logits_hat / temperature).log_softmax(-1)).sum(-1) * temperature**2
 

@@ -190,8 +190,8 @@ def fit_scales(
 ) -> dict[str, float]:
     """The value by which each loss is divided, so that 1 means "no better than knowing nothing".
 
-    contrastive: chance, ln(2B - 1) (1 where it is the positive-only one). structural: 1, the constant predictor on standardized weights. behavioral: the
-    distance between random pairs of different training members. cycle: 1.
+    contrastive: chance, ln(2B - 1) (1 where it is the positive-only one). structural: 1, the constant predictor on
+    standardized weights. behavioral: the distance between random pairs of different training members. cycle: 1.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "scales"))
     order = torch.randperm(len(checkpoints), generator=generator)[:512].numpy()

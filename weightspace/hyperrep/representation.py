@@ -201,8 +201,8 @@ def model_card(representation: HyperRepresentation) -> str:
     return f"""# Hyper-representation of {representation.architecture}
 
 A mixture of linear autoencoders beside a transformer autoencoder, over the weights of {info["zoo"]["members"]}
-trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.latent_size} latent values, {per_value:.2f} weights
-per latent value), trained with weightspace (the losses of arXiv 2503.17138):
+trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.latent_size} latent values,
+{per_value:.2f} weights per latent value), trained with weightspace (the losses of arXiv 2503.17138):
 {", ".join(f"{key} {value}" for key, value in info["loss"].items())}.
 
 ```python

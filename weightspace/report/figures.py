@@ -32,6 +32,8 @@ ORIGINAL = "#7d7d7d"
 DASHES = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", "p")
 SPLIT_MARKERS = {"train": "o", "val": "o", "test": "s", "unseen": "^"}
+HYPERPARAMETERS = ("task", "init", "learning_rate", "weight_decay", "backdoor")
+"""Columns of a zoo's table that tell how a member was trained."""
 RASTER = 1500
 """More points than this are drawn as pixels in the SVG, so that it stays small."""
 RC: dict[Any, Any] = {
@@ -118,6 +120,140 @@ def zoo_accuracy(checkpoints: pd.DataFrame) -> Figure:
     axes.set_xticks(range(len(epochs)), [f"{epoch}" for epoch in epochs])
     axes.set_xlabel("training epochs of the member")
     axes.set_ylabel("test accuracy\n(share of images)")
+    return figure
+
+
+def varied(checkpoints: pd.DataFrame) -> list[str]:
+    """The hyperparameters of a zoo's table that vary, with at most twelve values each."""
+    known = [name for name in HYPERPARAMETERS if name in checkpoints]
+    return [name for name in known if 1 < checkpoints[name].nunique() <= 12]
+
+
+@styled
+def zoo_hyperparameters(checkpoints: pd.DataFrame) -> Figure:
+    """Test accuracy at the last epoch, a panel per hyperparameter that varies and a box per value."""
+    last = checkpoints[checkpoints["epoch"] == checkpoints["epoch"].max()]
+    names = varied(checkpoints)
+    figure, grid = panels(len(names), height=2.2, columns=min(2, len(names)), sharey=True)
+    for i, (axes, name) in enumerate(zip(grid, names, strict=True)):
+        groups = sorted(last[name].unique())
+        boxes(
+            axes,
+            [values(last[last[name] == g], "test_acc") for g in groups],
+            range(len(groups)),
+            [ORIGINAL] * len(groups),
+        )
+        words = [f"{g:g}" if isinstance(g, float | int) else str(g).replace("_", "\n") for g in groups]
+        axes.set_xticks(range(len(groups)), words)
+        axes.set_xlabel(name.replace("_", " "))
+        if i % 2 == 0:
+            axes.set_ylabel("test accuracy\n(share of images)")
+    return figure
+
+
+@styled
+def study_panels(frame: pd.DataFrame, shown: Sequence[str], x_label: str = "") -> Figure:
+    """One panel per metric over the variants of a study.
+
+    Where the variants have an x, curves over it (one per group) with intervals, and baselines as horizontal lines; else
+    a row per variant, baselines in gray.
+
+    Args:
+        frame: representation, metric, mean, low, high, x, group, baseline (bool).
+        shown: the metrics, in order.
+        x_label: what x is.
+    """
+    swept = frame.loc[~frame["baseline"], "x"].notna().any()
+    names = in_order(frame["representation"], ())
+    height = 2.1 if swept else 0.75 + 0.21 * len(names)
+    figure, grid = panels(len(shown), height=height, columns=3 if swept else 2, sharey=not swept)
+    for i, (axes, metric) in enumerate(zip(grid, shown, strict=True)):
+        rows = frame[frame["metric"] == metric]
+        if swept:
+            _swept(axes, rows, x_label)
+        else:
+            _listed(axes, rows, names)
+        axes.set_title(label(metric))
+        if not swept and i % 2 == 0:
+            axes.set_yticks(range(len(names)), names)
+    groups = in_order(frame.loc[~frame["baseline"], "group"].dropna(), ()) if swept else []
+    baselines = in_order(frame.loc[frame["baseline"], "representation"], ()) if swept else []
+    if groups or baselines:
+        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=4) for i in range(len(groups))]
+        handles += [
+            Line2D([], [], color=GRAYS[i % len(GRAYS)], linestyle=DASHES[i % len(DASHES)])
+            for i in range(len(baselines))
+        ]
+        figure.legend(handles, [*groups, *baselines], loc="outside lower center", ncols=3)
+    return figure
+
+
+def _swept(axes: Axes, rows: pd.DataFrame, x_label: str) -> None:
+    own = rows[~rows["baseline"] & rows["x"].notna()]
+    groups = in_order(own["group"].dropna(), ()) or [None]
+    for i, group in enumerate(groups):
+        curve = (own if group is None else own[own["group"] == group]).sort_values(by="x")
+        x, mean, low, high = (values(curve, column) for column in ("x", "mean", "low", "high"))
+        axes.plot(x, mean, color=COLORS[i % len(COLORS)], marker="o", markersize=3.5)
+        axes.fill_between(x, low, high, color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0)
+    for i, name in enumerate(in_order(rows.loc[rows["baseline"], "representation"], ())):
+        mean = values(rows[rows["representation"] == name], "mean")[0]
+        axes.axhline(mean, color=GRAYS[i % len(GRAYS)], linestyle=DASHES[i % len(DASHES)], linewidth=1)
+    x = values(own, "x")
+    if len(x) and x.min() > 0 and x.max() / x.min() > 7:
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+
+
+def _listed(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        row = rows[rows["representation"] == name]
+        if row.empty or not np.isfinite(values(row, "mean")[0]):
+            continue
+        color = ORIGINAL if row["baseline"].iloc[0] else COLORS[0]
+        axes.hlines(place, values(row, "low"), values(row, "high"), color=color, linewidth=1.6)
+        axes.plot(values(row, "mean"), [place], "o", color=color, markersize=4.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", color="#eeeeee", linewidth=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+@styled
+def spectrum_curves(frame: pd.DataFrame) -> Figure:
+    """Accuracy and agreement (test_acc, agreement) against the number of components kept (count), per choice (which)."""
+    figure, grid = panels(2, height=2.8, columns=2)
+    choices = in_order(frame["which"], ("top", "mixed", "bottom"))
+    for axes, (column, title) in zip(
+        grid, {"test_acc": "test accuracy", "agreement": "agreement"}.items(), strict=True
+    ):
+        for i, which in enumerate(choices):
+            groups = frame[frame["which"] == which].groupby("count")[column]
+            quartiles = groups.quantile([0.25, 0.5, 0.75]).unstack()
+            counts = np.asarray(quartiles.index, float)
+            axes.plot(counts, quartiles[0.5], color=COLORS[i], marker="o", markersize=3.5)
+            axes.fill_between(counts, quartiles[0.25], quartiles[0.75], color=COLORS[i], alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("principal components kept")
+        axes.set_ylabel(f"{title}\n(share of images)")
+    handles = [Line2D([], [], color=COLORS[i], marker="o", markersize=4) for i in range(len(choices))]
+    figure.legend(handles, choices, loc="outside lower center", ncols=len(choices))
+    return figure
+
+
+@styled
+def spectrum_variance(frame: pd.DataFrame, looks: Styles) -> Figure:
+    """Variance along the principal components of the zoo: a line per set of networks (name, component, variance)."""
+    figure, (axes,) = panels(1, height=2.8)
+    for name in in_order(frame["name"], ()):
+        rows = frame[frame["name"] == name]
+        axes.plot(
+            rows["component"] + 1, rows["variance"], color=looks[name].color, linestyle=looks[name].dashes, label=name
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("principal component of the zoo's weights")
+    axes.set_ylabel("variance along it")
+    figure.legend(loc="outside right center")
     return figure
 
 

@@ -165,7 +165,10 @@ def make_report(run: Path, folder: Path) -> Path:
         raise UserError(f"{run / RESULTS_FILE} exists, but no report beside it; move it away to draw the report")
     try:
         sections = [write_section(stage, contents, folder) for stage in tables.STAGES]
-        page = render(contents, [section for section in sections if section["tables"] or section["figures"]])
+        shown = [section for section in sections if section["tables"] or section["figures"]]
+        absent = [title for stage, title in TITLES.items() if stage not in {section["stage"] for section in shown}]
+        name = str(contents.config.get("name") or "run")
+        page = render(name, facts_of(contents), contents, shown, absent)
         write_text(folder / "index.html", page)
         write_json(run / RESULTS_FILE, contents.records)
     except OSError as error:
@@ -239,34 +242,37 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 
 def write_section(stage: str, contents: Contents, folder: Path) -> dict[str, Any]:
-    """Write a stage's table and figures into `folder`; returns what the template shows of them."""
+    """Write a stage's tables and figures into `folder`; returns what the template shows of them."""
     records = [record for record in contents.records if record["stage"] == stage]
-    shown_tables = []
+    shown = []
     if records:
-        frame = tables.readable(records)
-        write_text(folder / "tables" / f"{stage}.csv", tables.to_csv(records))
-        write_text(folder / "tables" / f"{stage}.md", tables.to_markdown(frame))
-        write_text(folder / "tables" / f"{stage}.tex", tables.to_latex(frame))
-        rows = [
-            [split_cell(column, value) for column, value in zip(frame.columns, row, strict=True)]
-            for row in frame.to_numpy()
-        ]
-        shown_tables.append(
-            {
-                "name": stage,
-                "columns": [(column, tables.is_name(column)) for column in frame.columns],
-                "rows": rows,
-                "caption": CAPTIONS[stage],
-            }
-        )
-    shown_figures = []
-    for shown in FIGURES[stage](contents, looks_of(contents)):
-        figures.save(shown.figure, folder / "figures", shown.name)
-        picture = base64.b64encode((folder / "figures" / f"{shown.name}.svg").read_bytes()).decode("ascii")
-        shown_figures.append({"name": shown.name, "alt": shown.alt, "caption": shown.caption, "svg": picture})
-    return {"stage": stage, "title": TITLES[stage], "note": NOTES[stage], "tables": shown_tables} | {
-        "figures": shown_figures
-    }
+        shown.append(write_table(stage, tables.readable(records), CAPTIONS[stage], folder, tables.to_csv(records)))
+    if stage == "zoo" and "zoo" in contents.frames:
+        frame = tables.properties(contents.frames["zoo"])
+        caption = "Properties of the members at the last epoch."
+        shown.append(write_table("zoo_properties", frame, caption, folder, frame.to_csv(index=False)))
+    drawn = [write_figure(figure, folder) for figure in FIGURES[stage](contents, looks_of(contents))]
+    return {"stage": stage, "title": TITLES[stage], "note": NOTES[stage], "tables": shown, "figures": drawn}
+
+
+def write_table(name: str, frame: pd.DataFrame, caption: str, folder: Path, csv: str) -> dict[str, Any]:
+    """Write a table of text as NAME.csv (given as text), NAME.md and NAME.tex; returns what the template shows."""
+    write_text(folder / "tables" / f"{name}.csv", csv)
+    write_text(folder / "tables" / f"{name}.md", tables.to_markdown(frame))
+    write_text(folder / "tables" / f"{name}.tex", tables.to_latex(frame))
+    rows = [
+        [split_cell(column, value) for column, value in zip(frame.columns, row, strict=True)]
+        for row in frame.to_numpy()
+    ]
+    columns = [(column, tables.is_name(column)) for column in frame.columns]
+    return {"name": name, "columns": columns, "rows": rows, "caption": caption}
+
+
+def write_figure(shown: Shown, folder: Path) -> dict[str, Any]:
+    """Write a figure as NAME.png and NAME.svg; returns what the template shows of it."""
+    figures.save(shown.figure, folder / "figures", shown.name)
+    picture = base64.b64encode((folder / "figures" / f"{shown.name}.svg").read_bytes()).decode("ascii")
+    return {"name": shown.name, "alt": shown.alt, "caption": shown.caption, "svg": picture}
 
 
 def split_cell(column: str, text: str) -> tuple[str, str]:
@@ -304,6 +310,13 @@ def zoo_figures(contents: Contents, looks: figures.Styles) -> Iterator[Shown]:
             "Box plots of the test accuracy of the zoo's members, one box per training epoch.",
             "Test accuracy of all members by epoch: median, quartiles, whiskers of 1.5 box lengths, outliers.",
         )
+        if varied := figures.varied(frame):
+            yield Shown(
+                "zoo_hyperparameters",
+                figures.zoo_hyperparameters(frame),
+                f"Box plots of the test accuracy at the last epoch by {listed(varied)}.",
+                "Test accuracy at the last epoch by every hyperparameter that varies.",
+            )
 
 
 def pretrain_figures(contents: Contents, looks: figures.Styles) -> Iterator[Shown]:
@@ -428,9 +441,9 @@ def facts_of(contents: Contents) -> list[tuple[str, str]]:
     """What was run, as (term, text); only what the run tells."""
     facts = []
     description, config = contents.zoo_description, contents.config
-    task = description.get("task") or find(config, "task")
-    if task:
-        facts.append(("task", str(task)))
+    tasks = description.get("tasks") or find(config, "tasks")
+    if tasks:
+        facts.append(("task", listed(tasks)))
     architecture = description.get("architecture") or {"name": find(config, "network")}
     sources = [description, config, *contents.representations.values()]
     parameters = next((found for source in sources if (found := find(source, "parameter_count"))), None)
@@ -509,8 +522,22 @@ def legend_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(term, text) for keys, term, text in LEGEND if occurs(keys)]
 
 
-def render(contents: Contents, sections: list[dict[str, Any]]) -> str:
-    """The page as HTML."""
+def render(
+    name: str,
+    facts: Sequence[tuple[str, str]],
+    contents: Contents,
+    sections: Sequence[Mapping[str, Any]],
+    absent: Sequence[str] = (),
+) -> str:
+    """The page as HTML.
+
+    Args:
+        name: its title.
+        facts: (term, text) below the title.
+        contents: of the run.
+        sections: what `write_section` returns.
+        absent: titles of the stages that are not there.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -519,10 +546,10 @@ def render(contents: Contents, sections: list[dict[str, Any]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    absent = [title for stage, title in TITLES.items() if stage not in {section["stage"] for section in sections}]
     return environment.get_template("page.html").render(
-        name=str(contents.config.get("name") or "run"),
-        facts=facts_of(contents),
+        name=name,
+        facts=facts,
+        toy=contents.config.get("name") == "smoke",
         numbers=bool(contents.records),
         legend=legend_of(contents.records),
         sections=sections,

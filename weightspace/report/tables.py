@@ -74,6 +74,15 @@ def zoo_records(checkpoints: pd.DataFrame) -> list[dict[str, Any]]:
     return records
 
 
+def properties(checkpoints: pd.DataFrame) -> pd.DataFrame:
+    """Mean, deviation and quartiles of every numeric property at the zoo's last epoch, as a table of text."""
+    last = checkpoints[checkpoints["epoch"] == checkpoints["epoch"].max()]
+    numeric = last.select_dtypes("number").drop(columns=["member", "epoch", "shard", "row"], errors="ignore")
+    rows = numeric.describe().T.drop(columns="count")
+    text = rows.map(lambda value: f"{value:.4g}")
+    return text.rename(columns={"std": "deviation", "50%": "median"}).rename_axis("property").reset_index()
+
+
 def best_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The line of lowest validation total, the earliest of equals; None where nothing was validated."""
     validated = [line for line in lines if (line.get("val") or {}).get("total") is not None]
@@ -168,12 +177,14 @@ def readable(records: Sequence[Mapping[str, Any]], widest: int = 8) -> pd.DataFr
 
 
 def cell(record: Mapping[str, Any]) -> str:
-    """'mean [low, high]', or the mean alone; as many decimals as the mean deserves."""
+    """'mean [low, high]', or the mean alone; as many decimals as the mean deserves. Below -100 only that."""
     mean, low, high = (number(record[field]) for field in ("mean", "low", "high"))
     if mean is None:
         return MISSING
+    if mean < -100:  # an R2 or skill that low says no more than this
+        return "<-100"
     decimals = 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1 if abs(mean) < 1000 else 0
-    text = f"{mean:.{decimals}f}"
+    text = f"{mean:.{decimals}f}" if abs(mean) >= 0.001 or low is not None or mean == 0 else f"{mean:.2g}"
     return text if low is None or high is None else f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
@@ -190,9 +201,8 @@ def span(counts: Sequence[int]) -> str:
 
 
 def label(name: str) -> str:
-    """A metric or property in words: 'R2 gap' -> 'R² generalization gap', 'after 1 epochs' -> 'after 1 epoch'."""
-    words = re.sub(r"\w+", lambda match: WORDS.get(match[0], match[0]), name)
-    return re.sub(r"\b1 epochs\b", "1 epoch", words)
+    """A metric or property in words: 'R2 gap' -> 'R² generalization gap'."""
+    return re.sub(r"\w+", lambda match: WORDS.get(match[0], match[0]), name)
 
 
 def in_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
@@ -239,7 +249,7 @@ def to_latex(frame: pd.DataFrame) -> str:
 
 def is_name(column: str) -> bool:
     """Whether a column of a table holds names, not numbers."""
-    return column in ("representation", "split", "metric")
+    return column in ("representation", "split", "metric", "variant", "property")
 
 
 def escape_latex(text: str) -> str:

@@ -1,48 +1,75 @@
-"""Query sets: the inputs on which the behavior of networks is compared. Labels play no part."""
+"""Query sets: the inputs on which the behavior of networks is compared. Labels play no part.
+
+A query set is named by its sources, joined with +: `own` (training images of the zoo's tasks), `noise` (uniform noise
+over the range of the own images, as many), or any task by name (foreign images of the same shape): "own",
+"street", "own+stl10@3x32x32+noise".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weightspace.runs import UserError
-from weightspace.tasks.images import ImageTask
+from weightspace.tasks.images import ImageTask, load_task
 
 
-def own(task: ImageTask, generator: torch.Generator) -> Tensor:
-    """The task's training images [Q, C, H, W]."""
-    return task.train.images
+@dataclass(frozen=True)
+class QuerySet:
+    """Queries from one or several sources, which every draw balances."""
+
+    sources: tuple[Tensor, ...]
+    """[N, C, H, W] each, on one device."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """A random batch [count, C, H, W] with equal shares of every source (to within one query), one after another.
+
+        Queries of one source are different images; one with fewer images than its share gives all before any again.
+        """
+        shares = [count // len(self.sources) + (i < count % len(self.sources)) for i in range(len(self.sources))]
+        drawn = []
+        for source, share in zip(self.sources, shares, strict=True):
+            rounds = max(-(-share // len(source)), 1)
+            rows = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:share]
+            drawn.append(source[rows.to(source.device)])
+        return torch.cat(drawn)
 
 
-def noise(task: ImageTask, generator: torch.Generator) -> Tensor:
-    """Uniform noise over the range of the training images, as many as there are training images [Q, C, H, W]."""
-    low, high = task.train.images.min(), task.train.images.max()
-    uniform = torch.rand(task.train.images.shape, generator=generator).to(task.train.images.device)
-    return low + (high - low) * uniform
-
-
-def union(task: ImageTask, generator: torch.Generator) -> Tensor:
-    """Training images and noise, in equal numbers [2Q, C, H, W]."""
-    return torch.cat([own(task, generator), noise(task, generator)])
-
-
-QUERY_SETS: dict[str, Callable[[ImageTask, torch.Generator], Tensor]] = {"own": own, "noise": noise, "union": union}
-
-
-def query_set(name: str, task: ImageTask, generator: torch.Generator) -> Tensor:
-    """All queries of the named set [Q, C, H, W], on the task's device.
+def query_set(spec: str, tasks: Sequence[ImageTask], generator: torch.Generator) -> QuerySet:
+    """The query set of this name for a zoo of these tasks, on the tasks' device.
 
     Raises:
-        UserError: there is no such query set.
+        UserError: a source that is no task, or whose images have another shape.
     """
-    if name not in QUERY_SETS:
-        raise UserError(f"unknown query set {name!r}; the query sets are {', '.join(sorted(QUERY_SETS))}")
-    return QUERY_SETS[name](task, generator)
+    own = [task.train.images for task in tasks]
+    sources: list[Tensor] = []
+    for name in spec.split("+"):
+        if name == "own":
+            sources += own
+        elif name == "noise":
+            sources.append(_noise(torch.cat(own), generator))
+        else:
+            foreign = _foreign(spec, name)
+            if foreign.shape[1:] != own[0].shape[1:]:
+                takes = "x".join(map(str, own[0].shape[1:]))
+                raise UserError(
+                    f"the queries {name!r} have shape {tuple(foreign.shape[1:])}, the zoo's images "
+                    f"{tuple(own[0].shape[1:])}; resize them with {name.partition('@')[0]}@{takes}"
+                )
+            sources.append(foreign.to(own[0].device))
+    return QuerySet(tuple(sources))
 
 
-def draw(queries: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """A random batch of `count` different queries (all of them, shuffled, where there are fewer) [count, C, H, W]."""
-    rows = torch.randperm(len(queries), generator=generator)[:count]
-    return queries[rows.to(queries.device)]
+def _foreign(spec: str, name: str) -> Tensor:
+    try:
+        return load_task(name).train.images
+    except UserError as error:
+        raise UserError(f"query set {spec!r}: {name!r} is neither own, noise nor a task: {error}") from None
+
+
+def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    low, high = images.min(), images.max()
+    return low + (high - low) * torch.rand(images.shape, generator=generator).to(images.device)
