@@ -20,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from weightspace.config import PretrainConfig, ProbeConfig
@@ -99,8 +100,8 @@ def logistic_probe(
     fits = []
     for penalty in penalties:
         model = LogisticRegression(C=1 / (penalty * len(target["train"])), max_iter=300)
-        with warnings.catch_warnings():  # a fit that has not converged competes on validation as it is
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with warnings.catch_warnings(), threadpool_limits(1):  # small products, for which threads would wait
+            warnings.simplefilter("ignore", ConvergenceWarning)  # such a fit competes on validation as it is
             model.fit(scaled["train"], target["train"])
         fits.append((float(np.mean(model.predict(scaled["val"]) == target["val"])), penalty, model))
     best = max(fits, key=lambda fit: fit[:2])[2]
@@ -187,7 +188,7 @@ def probe(
 
 
 def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
-    """Every numeric column that all frames hold without gaps and that varies in the first; not member, shard and row."""
+    """Every numeric column that all frames hold without gaps and that varies in the first; not member, shard or row."""
     first, *others = (frame.select_dtypes("number") for frame in frames)
     candidates = first.columns.drop(["member", "shard", "row"], errors="ignore").astype(str)
     return tuple(
@@ -250,8 +251,8 @@ def _classified(name: str, split: str, column: str, found: Array, true: Array, p
 
 
 def _reduced(flat: dict[str, Array], config: ProbeConfig) -> dict[str, Array]:
-    components = min(config.components, *flat["train"].shape)
-    pca = PCA(components, svd_solver="covariance_eigh" if flat["train"].shape[1] < 4000 else "full")
+    rows, columns = flat["train"].shape
+    pca = PCA(min(config.components, rows, columns), svd_solver="covariance_eigh" if columns <= rows else "full")
     pca.fit(flat["train"])
     real = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]  # the others are rounding
     return {split: pca.transform(values)[:, real] for split, values in flat.items()}

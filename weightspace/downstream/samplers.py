@@ -11,6 +11,7 @@ from itertools import pairwise
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from weightspace.hyperrep.representation import Embeddings, Sampler
@@ -80,7 +81,7 @@ def gaussian() -> Sampler:
     return sample
 
 
-def flow(steps: int = 1000, width: int = 128, components: int = 32, rate: float = 2e-3) -> Sampler:
+def flow(steps: int = 1000, width: int = 128, components: int = 32, rate: float = 1e-2) -> Sampler:
     """Flow matching (Lipman et al. 2023, arXiv 2210.02747) between a Gaussian and the anchors' principal components.
 
     A small network learns the velocity x_1 - x_0 along the straight lines from noise x_0 to anchors x_1 (their optimal
@@ -91,7 +92,7 @@ def flow(steps: int = 1000, width: int = 128, components: int = 32, rate: float 
         steps: training steps of 128 pairs each.
         width: of its two hidden layers.
         components: how many principal components, at most.
-        rate: learning rate.
+        rate: first learning rate; it falls to zero along a line.
     """
 
     def sample(anchors: Embeddings, count: int, generator: torch.Generator) -> Tensor:
@@ -101,32 +102,8 @@ def flow(steps: int = 1000, width: int = 128, components: int = 32, rate: float 
         k = min(components, int((scale > 1e-5 * scale[0]).sum()))  # the others are rounding
         directions, spread = directions[:k], scale[:k] / (len(flat) - 1) ** 0.5  # [k, TZ], [k]
         data = (flat - mean) @ directions.T / spread  # [a, k], unit variance
-        sizes = (k + 1, width, width, k)
-        weights = [torch.randn(i, o, generator=generator) * (2 / i) ** 0.5 for i, o in pairwise(sizes)]
-        weights[-1].zero_()
-        biases = [torch.zeros(o) for o in sizes[1:]]
-        optimizer = torch.optim.Adam([parameter.requires_grad_() for parameter in (*weights, *biases)], rate)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            h = torch.cat([x, t], dim=1)  # [n, k + 1]
-            for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-                h = F.silu(h @ weight + bias)  # [n, width]
-            return h @ weights[-1] + biases[-1]  # [n, k]
-
-        with torch.enable_grad():
-            for _ in range(steps):
-                end = data[torch.randint(len(data), (128,), generator=generator)]
-                start, t = torch.randn(128, k, generator=generator), torch.rand(128, 1, generator=generator)
-                loss = (velocity((1 - t) * start + t * end, t) - (end - start)).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        x, dt = torch.randn(count, k, generator=generator), 1 / INTEGRATION_STEPS
-        with torch.no_grad():
-            for step in range(INTEGRATION_STEPS):
-                t = torch.full((count, 1), step * dt)
-                middle = x + velocity(x, t) * dt / 2
-                x = x + velocity(middle, t + dt / 2) * dt
+        with threadpool_limits(1):  # the products are small: threads would mostly wait for each other
+            x = _flowed(data, count, generator, steps, width, rate)  # [count, k]
         return (mean + (x * spread) @ directions).unflatten(1, anchors.z.shape[1:])
 
     return sample
@@ -166,6 +143,39 @@ def _noise(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
     a = vectors.shape[-2]
     mixture = torch.randn(*vectors.shape[:-2], count, a, generator=generator) / (a - 1) ** 0.5
     return mixture @ (vectors - vectors.mean(-2, keepdim=True))
+
+
+def _flowed(data: Tensor, count: int, generator: torch.Generator, steps: int, width: int, rate: float) -> Tensor:
+    """Samples [count, k] of a flow learned from data [a, k]."""
+    k = data.shape[1]
+    sizes = (k + 1, width, width, k)
+    weights = [torch.randn(i, o, generator=generator) * (2 / i) ** 0.5 for i, o in pairwise(sizes)]
+    weights[-1].zero_()
+    biases = [torch.zeros(o) for o in sizes[1:]]
+    optimizer = torch.optim.Adam([parameter.requires_grad_() for parameter in (*weights, *biases)], rate)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        h = torch.cat([x, t], dim=1)  # [n, k + 1]
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = F.silu(h @ weight + bias)  # [n, width]
+        return h @ weights[-1] + biases[-1]  # [n, k]
+
+    with torch.enable_grad():
+        for step in range(steps):
+            end = data[torch.randint(len(data), (128,), generator=generator)]
+            start, t = torch.randn(128, k, generator=generator), torch.rand(128, 1, generator=generator)
+            loss = (velocity((1 - t) * start + t * end, t) - (end - start)).square().mean()
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    x, dt = torch.randn(count, k, generator=generator), 1 / INTEGRATION_STEPS
+    with torch.no_grad():
+        for step in range(INTEGRATION_STEPS):
+            t = torch.full((count, 1), step * dt)
+            middle = x + velocity(x, t) * dt / 2
+            x = x + velocity(middle, t + dt / 2) * dt
+    return x
 
 
 SAMPLERS: dict[str, Callable[[float, Fitness], Sampler]] = {

@@ -196,8 +196,8 @@ def load_task(name: str) -> ImageTask:
         pixels = _own(Path(folder).expanduser(), shape)
     else:
         raise UserError(
-            f"unknown task {name!r}; the tasks are {', '.join([*OFFLINE, *SOURCES])}; from files, NAME:FOLDER for one of "
-            "the latter or folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8"
+            f"unknown task {name!r}; the tasks are {', '.join([*OFFLINE, *SOURCES])}; from files, NAME:FOLDER for one "
+            "of the latter or folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8"
         )
     images = pixels.splits["train"][0]
     mean, std = IMAGENET if pixels.imagenet and images.shape[1] == 3 else _moments(images)
@@ -292,13 +292,15 @@ def _own(folder: Path, shape: Shape | None) -> Pixels:
     classes = len(read.class_names) or max(int(labels.max()) for _, labels in found.values()) + 1
     if classes < 2:
         raise UserError(f"{folder} holds images of one class; a task has at least two, as train/CLASS/FILE")
-    _check(str(folder), found, classes, {"train", "test"})
+    _check(str(folder), found, classes, {"train", "test"}, read.class_names)
     if "val" not in found:
         found |= _cut(*found["train"], {"val": max(round(0.1 * len(found["train"][1])), 1)})
     return Pixels(found, classes, read.class_names)
 
 
-def _check(where: str, found: dict[str, Labeled], classes: int, needed: set[str]) -> None:
+def _check(
+    where: str, found: dict[str, Labeled], classes: int, needed: set[str], class_names: tuple[str, ...] = ()
+) -> None:
     """Check that every needed split is there and that the labels are right.
 
     Raises:
@@ -313,8 +315,9 @@ def _check(where: str, found: dict[str, Labeled], classes: int, needed: set[str]
     counts = torch.bincount(found["train"][1], minlength=classes)
     label = int(counts.argmin())
     if counts[label] < 2:
+        name = f"{label} ({class_names[label]})" if class_names else label
         raise UserError(
-            f"{where}: class {label} has {int(counts[label])} training images; each of the {classes} classes needs two"
+            f"{where}: class {name} has {int(counts[label])} training images; each of the {classes} classes needs two"
         )
 
 
@@ -322,8 +325,8 @@ def _check(where: str, found: dict[str, Labeled], classes: int, needed: set[str]
 class Row:
     """One labeled image, not decoded yet."""
 
-    content: bytes
-    """as in an image file"""
+    content: bytes | Path
+    """an image file's, or the file"""
     label: int | str
     """class index, or name of the class"""
     where: str
@@ -338,7 +341,8 @@ class Row:
         from PIL import Image
 
         try:
-            image = Image.open(io.BytesIO(self.content), formats=FORMATS)
+            content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
             image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{self.where} is not a readable image ({error}); restore or remove it") from None
@@ -383,8 +387,8 @@ def _downloaded(name: str, source: Source) -> Read:
         import datasets
     except ImportError:
         raise UserError(
-            f"downloading the task {name!r} needs the package datasets: pip install 'weightspace[data]'; where its files "
-            f"are there already, name their folder, {name}:FOLDER"
+            f"downloading the task {name!r} needs the package datasets: pip install 'weightspace[data]'; "
+            f"where its files are there already, name their folder, {name}:FOLDER"
         ) from None
     with _offline_where_unreachable():
         try:
@@ -427,13 +431,13 @@ def _read(folder: Path, label: str | None, config: str | None) -> Read:
     parts: list[Part] = []
     for path in sorted(root.rglob("*.parquet")):
         if split := SPLIT_NAMES.get(re.split(r"[-_.]", path.name)[0].lower()):
-            parts.append((split, *_rows(_table(path), label, str(path))))
+            parts.append((split, *_parquet(path, label)))
     if not parts:
         for path in sorted(root.rglob("*")):
             split = SPLIT_NAMES.get(path.parent.parent.name.lower())
             if split and path.suffix.lower() in ENDINGS:
-                parts.append((split, [Row(path.read_bytes(), path.parent.name, str(path))], ()))
-    if not parts:
+                parts.append((split, [Row(path, path.parent.name, str(path))], ()))
+    if not any(rows for _, rows, _ in parts):
         raise UserError(
             f"{folder} holds no images, neither train-*.parquet nor train/CLASS/FILE ({', '.join(ENDINGS)}); add them"
         )
@@ -444,7 +448,8 @@ def _joined(parts: Sequence[Part]) -> Read:
     """All rows of every split, with class indices; classes that have names only are numbered in alphabetical order."""
     rows: dict[str, list[Row]] = {}
     for split, some, _ in parts:
-        rows.setdefault(split, []).extend(some)
+        if some:
+            rows.setdefault(split, []).extend(some)
     labels = {row.label for own in rows.values() for row in own}
     if all(isinstance(label, int) for label in labels):
         return Read(rows, parts[0][2])
@@ -455,14 +460,14 @@ def _joined(parts: Sequence[Part]) -> Read:
     return Read(rows, names)
 
 
-def _table(path: Path) -> Any:
+def _parquet(path: Path, label: str | None) -> tuple[list[Row], tuple[str, ...]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read()
-    except (OSError, pa.ArrowException) as error:
+            return _rows(file.read(), label, str(path))
+    except (OSError, ValueError, AttributeError, pa.ArrowException) as error:  # in data, names or metadata
         raise UserError(f"{path} is not a readable Parquet file ({error}); restore it") from None
 
 

@@ -67,7 +67,7 @@ def _foreign(spec: str, name: str) -> Tensor:
     try:
         return load_task(name).train.images
     except UserError as error:
-        raise UserError(f"query set {spec!r}: {name!r} is neither own, noise nor a task: {error}") from None
+        raise UserError(f"query set {spec!r} (own, noise or tasks, joined with +): {error}") from None
 
 
 def _noise(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -172,13 +172,15 @@ def block_split(label: int) -> dict[str, Tensor]:
 
 def _picture(name: str) -> Tensor:
     """A picture of scikit-image [3, H, W], 0 to 1; large ones are reduced by averaging whole squares of pixels."""
-    try:
-        import skimage.data
-    except ImportError:
-        raise UserError("the task 'patches' needs scikit-image: pip install 'weightspace[data]'") from None
     from PIL import Image
 
-    with Image.open(Path(skimage.data.__file__).parent / name) as image:
+    try:
+        import skimage.data
+
+        opened = Image.open(Path(skimage.data.__file__).parent / name)
+    except (ImportError, FileNotFoundError):
+        raise UserError("the task 'patches' needs scikit-image >= 0.22: pip install 'weightspace[data]'") from None
+    with opened as image:
         image = image.convert("RGB").reduce(max(min(image.size) // 400, 1))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 

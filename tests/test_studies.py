@@ -1,0 +1,132 @@
+"""Studies: every one runs at a tiny size, resumes, and leaves its table, figure and page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from weightspace import studies
+from weightspace.config import PRESETS, SCALES, Experiment, GenerateConfig, check, network_for
+from weightspace.report.study import make_study_report
+from weightspace.runs import UserError
+from weightspace.studies import STUDIES, Lab, others, over_seeds, run_study
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> Experiment:
+    base = SCALES["smoke"]("digits")
+    return dataclasses.replace(
+        base,
+        zoo=dataclasses.replace(base.zoo, epochs=1, save_epochs=(0, 1), workers=1, group=8),
+        pretrain=dataclasses.replace(base.pretrain, steps=2, epochs=(1,), validate_every=1, batch_size=4),
+        generate=GenerateConfig(anchors=3, networks=3, bandwidths=(0.1,)),
+    )
+
+
+@pytest.fixture(scope="module")
+def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all studies, which share zoos and representations in it."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_every_study_leaves_its_table_figure_and_page(name: str, lab_folder: Path) -> None:
+    page = run_study(name, tiny(), lab_folder, CPU, f"weightspace study {name}")
+    records = json.loads((lab_folder / name / "records.json").read_text())
+    found = {record["metric"] for record in records}
+    wanted = {metric for metric in STUDIES[name].metrics if not metric.startswith("accuracy after 5")}
+    assert wanted <= found
+    assert any(record["variant"] for record in records)
+    assert (page.parent / "tables" / f"{name}_test.csv").is_file()
+    assert (page.parent / "figures" / f"{name}_test.png").is_file()
+    text = page.read_text()
+    assert STUDIES[name].question.split("?")[0] in text and f"weightspace study {name}" in text
+    shown = pd.read_csv(page.parent / "tables" / f"{name}_test.csv")
+    first = next(record for record in records if record["split"] == "test" and record["mean"] is not None)
+    row = shown[(shown["representation"] == first["representation"]) & (shown["metric"] == first["metric"])]
+    assert row["mean"].iloc[0] == pytest.approx(first["mean"])
+
+
+def test_an_interrupted_study_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run_study("cycle", tiny(), tmp_path / "whole", CPU)
+    original, calls = studies.pretrain_stage, 0
+
+    def dies(*arguments: object, **more: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "pretrain_stage", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_study("cycle", tiny(), tmp_path / "parts", CPU)
+    kept = {path.name for path in (tmp_path / "parts" / "representations").iterdir()}
+    assert len(kept) == 2
+    with pytest.raises(UserError, match="not a finished study"):
+        make_study_report(tmp_path / "parts" / "cycle")
+    run_study("cycle", tiny(), tmp_path / "parts", CPU)
+    for name in ("records.json", "report/index.html", "report/tables/cycle_test.csv"):
+        assert (tmp_path / "parts" / "cycle" / name).read_bytes() == (tmp_path / "whole" / "cycle" / name).read_bytes()
+    stamp = page.parent.parent / "records.json"
+    before = stamp.stat().st_mtime_ns
+    assert run_study("cycle", tiny(), tmp_path / "whole", CPU) == page
+    assert stamp.stat().st_mtime_ns == before
+
+
+def test_another_base_is_not_mixed_in(lab_folder: Path) -> None:
+    run_study("spectrum", tiny(), lab_folder, CPU)
+    with pytest.raises(UserError, match=r"holds another config \(base.seed: 0 there, 1 asked for\)"):
+        run_study("spectrum", dataclasses.replace(tiny(), seed=1), lab_folder, CPU)
+    with pytest.raises(UserError, match="unknown study 'gama'; the studies are losses, "):
+        run_study("gama", tiny(), lab_folder, CPU)
+
+
+def test_variants_change_what_they_name(tmp_path: Path) -> None:
+    lab = Lab(tiny(), tmp_path, "beta", CPU)
+    variant = lab.variant(beta=0.3, latent=5, steps=7, x=0.3)
+    assert (variant.loss.beta, variant.autoencoder.latent, variant.pretrain.steps, variant.x) == (0.3, 5, 7, 0.3)
+    assert variant.loss.gamma == tiny().representations["structure+behavior"].gamma
+    with pytest.raises(TypeError, match="nonsense"):
+        lab.variant(nonsense=1)
+
+
+def test_over_seeds_is_a_t_interval() -> None:
+    values = np.array([0.7, 0.8, 0.75])
+    record = over_seeds("reconstruct", "r", "test", "skill", values)
+    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert (record["mean"], record["low"], record["high"], record["n"]) == pytest.approx((0.75, low, high, 3))
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+@pytest.mark.parametrize("task", ["digits", "street", "mnist", "cifar10:data", "street@1x8x8"])
+def test_every_scale_fits_every_task(scale: str, task: str) -> None:
+    experiment = SCALES[scale](task)
+    check(experiment)
+    assert set(experiment.pretrain.epochs) <= set(experiment.zoo.save_epochs)
+    expected = {"digits": "CNN8", "street@1x8x8": "CNN8", "mnist": "CNN"}.get(task, "CNN3")
+    assert experiment.zoo.network == network_for(task) == expected
+
+
+def test_presets_are_complete() -> None:
+    for name, preset in PRESETS.items():
+        check(preset())
+        assert set(preset().representations) == {"structure", "structure+behavior"}, name
+
+
+@pytest.mark.parametrize("task", ["digits", "street", "patches"])
+def test_other_tasks_have_the_same_shape(task: str) -> None:
+    from weightspace.tasks.images import load_task
+
+    shapes = {load_task(name).image_shape for name in (task, *others(task))}
+    assert len(shapes) == 1 and len({task, *others(task)}) == 3
