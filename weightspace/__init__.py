@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weightspace.config import (
         PRESETS,
+        SCALES,
         AutoencoderConfig,
         Experiment,
         FinetuneConfig,
@@ -47,6 +48,7 @@ _HOMES = {
     "ModelZoo": "zoo.model_zoo",
     "Outputs": "networks.behavior",
     "PRESETS": "config",
+    "SCALES": "config",
     "PretrainConfig": "config",
     "ProbeConfig": "config",
     "TokenBatch": "tokens.tokenizer",
@@ -70,6 +72,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "PRESETS",
+    "SCALES",
     "Architecture",
     "AutoencoderConfig",
     "Checkpoints",
@@ -82,7 +86,6 @@ __all__ = [
     "LossConfig",
     "ModelZoo",
     "Outputs",
-    "PRESETS",
     "PretrainConfig",
     "ProbeConfig",
     "TokenBatch",

@@ -178,7 +178,7 @@ def check(config: Any, path: str = "") -> None:
         elif isinstance(value, dict):
             for key, inner in value.items():
                 check(inner, f"{name}.{key}")
-        elif isinstance(value, tuple) and not value and entry.default != ():
+        elif isinstance(value, tuple) and not value and entry.default != () and entry.name != "categories":
             raise UserError(f"{name} is empty; it needs at least one value")
         elif entry.name in POSITIVE and isinstance(value, int | float) and value <= 0:
             raise UserError(f"{name} must be above 0, given {value}")
@@ -364,7 +364,7 @@ def patches() -> Experiment:
 
 def paper() -> Experiment:
     """The published size: 1,200 networks (CNN3) on SVHN for 50 epochs, for a GPU; --set zoo.tasks=... for another."""
-    return published("svhn")
+    return dataclasses.replace(published("svhn"), name="paper")
 
 
 PRESETS = {
@@ -416,7 +416,7 @@ def published(task: str) -> Experiment:
     """The published size (arXiv 2503.17138): 1,200 members for 50 epochs, 30,000 steps of 64."""
     network = network_for(task)
     return Experiment(
-        name=f"paper-{task}",
+        name=task,
         zoo=ZooConfig(
             tasks=(task,),
             network=network,

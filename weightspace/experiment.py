@@ -91,8 +91,12 @@ def pretrain_stage(
     seed: int,
     device: torch.device,
     start: HyperRepresentation | None = None,
+    title: str = "",
 ) -> HyperRepresentation:
-    """Train a representation on a zoo, from scratch or from another representation, and write it as one folder."""
+    """Train a representation on a zoo, from scratch or from another representation, and write it as one folder.
+
+    With a title, which progress bars show instead of the folder's name, it is not told when that was done before.
+    """
     claim = {
         "zoo": zoo.fingerprint,
         "pretrain": dataclasses.asdict(config),
@@ -101,10 +105,10 @@ def pretrain_stage(
         "seed": seed,
         "start": start.fingerprint if start else None,
     }
-    with runs.stage(folder, "representation", claim) as todo:
+    with runs.stage(folder, "representation", claim, quiet=bool(title)) as todo:
         if todo:
             monitor = probe.monitor(zoo, config) if config.probes else None
-            pretrain(zoo, folder, config, loss, autoencoder, seed, device, folder.name, monitor, start)
+            pretrain(zoo, folder, config, loss, autoencoder, seed, device, title or folder.name, monitor, start)
     return HyperRepresentation.load(folder, device)
 
 

@@ -121,12 +121,13 @@ def fingerprint(content: Any) -> str:
 
 
 @contextmanager
-def stage(folder: Path, name: str, config: dict[str, Any]) -> Iterator[bool]:
+def stage(folder: Path, name: str, config: dict[str, Any], quiet: bool = False) -> Iterator[bool]:
     """Claim `folder` for one stage with one config; yields whether there is (still) work to do.
 
     The folder is locked while the block runs and marked finished when it ends without an error. Work that was
     interrupted is entered again with the same config; the stage itself continues from what it finds in the folder. If
-    the block finds that the user has to mend something before anything was made, the claim is withdrawn.
+    the block finds that the user has to mend something before anything was made, the claim is withdrawn. That there is
+    nothing to do is told unless `quiet`.
 
     Raises:
         UserError: the folder holds something else (another stage, another config, foreign files), cannot be
@@ -151,7 +152,8 @@ def stage(folder: Path, name: str, config: dict[str, Any]) -> Iterator[bool]:
         except BlockingIOError:
             raise UserError(f"another process is at work in {folder}; wait for it or choose another --out") from None
         if record.exists() and _check_claim(folder, record, claim):  # again, now that nobody else can write
-            notice(f"{folder}: already done")
+            if not quiet:
+                notice(f"{folder}: already done")
             yield False
             return
         for litter in folder.glob(".*.partial"):  # of a process that was killed while writing

@@ -105,18 +105,19 @@ class Lab:
         key["start"] = variant.start.fingerprint if variant.start else None
         return self.folder / "representations" / fingerprint(key)
 
-    def represent(self, zoo: ModelZoo, variant: Variant) -> HyperRepresentation:
+    def represent(self, zoo: ModelZoo, variant: Variant, title: str) -> HyperRepresentation:
         """Train a variant on a zoo, or load it where that was done."""
         parts = variant.pretrain, variant.loss, variant.autoencoder
-        return pretrain_stage(self.place(zoo, variant), zoo, *parts, self.base.seed, self.device, variant.start)
+        folder = self.place(zoo, variant)
+        return pretrain_stage(folder, zoo, *parts, self.base.seed, self.device, variant.start, title)
 
-    def tuned(self, zoo: ModelZoo, variant: Variant) -> Variant:
+    def tuned(self, zoo: ModelZoo, variant: Variant, title: str) -> Variant:
         """The variant at the learning rate of lowest validation loss among those that every variant is tried with."""
         each = [
             dataclasses.replace(variant, pretrain=dataclasses.replace(variant.pretrain, learning_rate=rate))
             for rate in LEARNING_RATES
         ]
-        return min(each, key=lambda tried: self.represent(zoo, tried).info["validation"]["total"])
+        return min(each, key=lambda tried: self.represent(zoo, tried, title).info["validation"]["total"])
 
     def compare(self, zoo: ModelZoo, variants: Mapping[str, Variant], tuned: bool = False, **changes: Any) -> Records:
         """Train every variant on a zoo and score it; see `score`.
@@ -128,8 +129,8 @@ class Lab:
             changes: passed on to `score`.
         """
         if tuned:
-            variants = {name: self.tuned(zoo, variant) for name, variant in variants.items()}
-        trained = {name: self.represent(zoo, variant) for name, variant in variants.items()}
+            variants = {name: self.tuned(zoo, variant, name) for name, variant in variants.items()}
+        trained = {name: self.represent(zoo, variant, name) for name, variant in variants.items()}
         records = self.score(zoo, trained, variants, **changes)
         lines = {name: runs.read_lines(self.place(zoo, variant) / METRICS_FILE) for name, variant in variants.items()}
         write_json(self.own / changes.get("where", "") / "metrics.json", lines)
@@ -342,7 +343,7 @@ def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
             for steps in (2, 12):
                 started = time.perf_counter()
                 short = lab.variant(**loss, steps=steps, validate_every=steps)
-                lab.represent(zoo, short)
+                lab.represent(zoo, short, f"{name}, timed")
                 total.append(time.perf_counter() - started)
             seconds[name] = (total[1] - total[0]) / 10
         write_json(file, {"seconds": seconds, "ratio": max(seconds[BEHAVIOR] / seconds[STRUCTURE], 1.0)})
@@ -357,13 +358,13 @@ def transfer(lab: Lab) -> Records:
     steps = max(lab.base.pretrain.steps // 10, 2)
     records: Records = []
     for name, loss in BOTH.items():
-        source = lab.represent(home, lab.variant(**loss))
+        source = lab.represent(home, lab.variant(**loss), name)
         short = {**loss, "steps": steps, "validate_every": min(steps, lab.base.pretrain.validate_every)}
         trained = {
             f"{name}, as it is": source,
-            f"{name}, fine-tuned": lab.represent(away, lab.variant(**short, start=source)),
-            f"{name}, from scratch, as few steps": lab.represent(away, lab.variant(**short)),
-            f"{name}, from scratch": lab.represent(away, lab.variant(**loss)),
+            f"{name}, fine-tuned": lab.represent(away, lab.variant(**short, start=source), f"{name}, fine-tuned"),
+            f"{name}, from scratch, as few steps": lab.represent(away, lab.variant(**short), f"{name}, few steps"),
+            f"{name}, from scratch": lab.represent(away, lab.variant(**loss), f"{name}, away"),
         }
         found = lab.score(away, trained, {}, where=name)
         records += found if not records else [record for record in found if record["representation"] in trained]
@@ -374,7 +375,7 @@ def transfer(lab: Lab) -> Records:
 def spectrum(lab: Lab) -> Records:
     """Where in the spectrum of the weights does accuracy lie? Networks from the top, bottom or random components."""
     zoo = lab.zoo()
-    trained = {name: lab.represent(zoo, lab.variant(**loss)) for name, loss in BOTH.items()}
+    trained = {name: lab.represent(zoo, lab.variant(**loss), name) for name, loss in BOTH.items()}
     train, test = (training_checkpoints(zoo, lab.base.pretrain, split) for split in ("train", "test"))
     task = load_task(zoo.tasks[0]).to(lab.device)
     generator = torch.Generator().manual_seed(derive_seed(lab.base.seed, "spectrum"))

@@ -252,7 +252,7 @@ def _classified(name: str, split: str, column: str, found: Array, true: Array, p
 
 def _reduced(flat: dict[str, Array], config: ProbeConfig) -> dict[str, Array]:
     rows, columns = flat["train"].shape
-    pca = PCA(min(config.components, rows, columns), svd_solver="covariance_eigh" if columns <= rows else "full")
+    pca = PCA(min(config.components, rows, columns), svd_solver="covariance_eigh" if columns <= 2 * rows else "full")
     pca.fit(flat["train"])
     real = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]  # the others are rounding
     return {split: pca.transform(values)[:, real] for split, values in flat.items()}
