@@ -27,11 +27,13 @@ from weightspace.zoo.model_zoo import ModelZoo, ZooWriter
 from weightspace.zoo.population import (
     Backdoors,
     Recipe,
+    Strategy,
     architecture_of,
     data_order,
     grid,
     plan,
     score,
+    shards_of,
     stamped,
     start_weights,
     train,
@@ -398,6 +400,13 @@ def test_plan_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategy(monkeypatch, dataclasses.replace(config, workers=1), 8, together, apart) == (1, 8)
     assert strategy(monkeypatch, dataclasses.replace(config, workers=3, group=1), 8, together, apart) == (3, 1)
     assert strategy(monkeypatch, dataclasses.replace(config, group=32), 1, together, apart) == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("members", "workers", "shards"), [(150, 2, 4), (150, 1, 3), (128, 2, 2), (3, 8, 3), (64, 1, 1)]
+)
+def test_every_worker_gets_as_many_shards(members: int, workers: int, shards: int) -> None:
+    assert shards_of(members, Strategy(workers, 8, 64)) == shards
 
 
 # dropout, several tasks, backdoors

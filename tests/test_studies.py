@@ -39,11 +39,14 @@ def lab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(STUDIES))
-def test_every_study_leaves_its_table_figure_and_page(name: str, lab_folder: Path) -> None:
+def test_every_study_leaves_its_table_figure_and_page(
+    name: str, lab_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightspace.report.study.STAGES", ())  # their figures cost more than all else, and have tests
     page = run_study(name, tiny(), lab_folder, CPU, f"weightspace study {name}")
     records = json.loads((lab_folder / name / "records.json").read_text())
     found = {record["metric"] for record in records}
-    wanted = {metric for metric in STUDIES[name].metrics if not metric.startswith("accuracy after 5")}
+    wanted = set(STUDIES[name].metrics) - {"accuracy after 5 epochs", "accuracy init"}  # the tiny base has no such
     assert wanted <= found
     assert any(record["variant"] for record in records)
     assert (page.parent / "tables" / f"{name}_test.csv").is_file()

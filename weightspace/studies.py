@@ -7,11 +7,12 @@ fingerprint of their config, so that studies share them and an interrupted study
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from weightspace import runs
 from weightspace.config import AutoencoderConfig, Experiment, GenerateConfig, LossConfig, PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS
+from weightspace.downstream.generate import titles
 from weightspace.downstream.samplers import SAMPLERS
 from weightspace.experiment import (
     finetune_stage,
@@ -31,7 +33,7 @@ from weightspace.experiment import (
     reconstruct_stage,
     zoo_stage,
 )
-from weightspace.hyperrep.pretrain import METRICS_FILE, training_checkpoints
+from weightspace.hyperrep.pretrain import METRICS_FILE, pretrain, training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.study import STUDY_FILE, make_study_report
 from weightspace.runs import UserError, atomic, derive_seed, fingerprint, read_json, write_json
@@ -162,7 +164,10 @@ class Lab:
         records = probe_stage(folder / "probe", zoo, trained, probes)
         records += reconstruct_stage(folder / "reconstruct", zoo, trained, self.base.reconstruct, self.device)
         records += generate_stage(folder / "generate", zoo, trained, generation, self.base.seed, self.device)
-        return [placed(record, variants.get(record["representation"])) for record in records]
+        known = {
+            title: variants.get(name) for name in trained for title in (name, *titles([name], generation.samplers))
+        }
+        return [placed(record, known.get(record["representation"])) for record in records]
 
 
 def _fields(kind: type[Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,10 +346,12 @@ def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
         for name, loss in BOTH.items():
             total = []
             for steps in (2, 12):
-                started = time.perf_counter()
-                short = lab.variant(**loss, steps=steps, validate_every=steps)
-                lab.represent(zoo, short, f"{name}, timed")
-                total.append(time.perf_counter() - started)
+                variant = lab.variant(**loss, steps=steps, validate_every=steps)
+                parts = variant.pretrain, variant.loss, variant.autoencoder
+                with tempfile.TemporaryDirectory() as folder:
+                    started = time.perf_counter()
+                    pretrain(zoo, Path(folder), *parts, lab.base.seed, lab.device, f"{name}, timed")
+                    total.append(time.perf_counter() - started)
             seconds[name] = (total[1] - total[0]) / 10
         write_json(file, {"seconds": seconds, "ratio": max(seconds[BEHAVIOR] / seconds[STRUCTURE], 1.0)})
     return float(read_json(file)["ratio"])
@@ -366,8 +373,8 @@ def transfer(lab: Lab) -> Records:
             f"{name}, from scratch, as few steps": lab.represent(away, lab.variant(**short), f"{name}, few steps"),
             f"{name}, from scratch": lab.represent(away, lab.variant(**loss), f"{name}, away"),
         }
-        found = lab.score(away, trained, {}, where=name)
-        records += found if not records else [record for record in found if record["representation"] in trained]
+        found = lab.score(away, trained, dict.fromkeys(trained, lab.variant(**loss)), where=name)
+        records += [record for record in found if record["variant"] or name == STRUCTURE]  # the baselines once
     return records
 
 
@@ -409,17 +416,20 @@ def seeds(lab: Lab) -> Records:
         found.append(pd.DataFrame(at.compare(at.zoo(), variants, where=f"seed-{seed}")).assign(seed=seed))
     frame = pd.concat(found)
     records = []
-    for (stage, name, split, metric), rows in frame.groupby(["stage", "representation", "split", "metric"], sort=False):
-        records.append(over_seeds(str(stage), str(name), str(split), str(metric), rows["mean"].to_numpy(float)))
+    for key, rows in frame.groupby(["stage", "representation", "split", "metric", "variant"], sort=False):
+        stage, name, split, metric, variant = cast(tuple[str, str, str, str, bool], key)
+        record = over_seeds(stage, name, split, metric, rows["mean"].to_numpy(float))
+        records.append(placed(record, lab.variant() if variant else None))
     paired = frame.pivot_table(index=["stage", "split", "metric", "seed"], columns="representation", values="mean")
     gain = (paired[BEHAVIOR] - paired[STRUCTURE]).dropna()
-    for (stage, split, metric), values in gain.groupby(level=["stage", "split", "metric"], sort=False):
-        records.append(over_seeds(str(stage), "behavior's gain", str(split), str(metric), values.to_numpy(float)))
-        test = stats.ttest_1samp(values, 0.0) if len(values) > 1 and values.std() > 0 else None
-        p = float(test.pvalue) if test is not None else None
-        name = f"{metric}: paired t-test p"
-        records.append(metrics.record(str(stage), "behavior's gain", str(split), name, p, n=len(values)))
-    return [placed(record, None) for record in records]
+    for key, values in gain.groupby(level=["stage", "split", "metric"], sort=False):
+        stage, split, metric = cast(tuple[str, str, str], key)
+        differences = values.to_numpy(float)
+        record = over_seeds(stage, "gain of behavior", split, metric, differences)
+        p = float(stats.ttest_1samp(differences, 0.0)[1]) if np.ptp(differences) > 0 else None
+        test = metrics.record(stage, "gain of behavior", split, f"{metric}: paired t-test p", p, n=len(differences))
+        records += [placed(record, lab.variant()), placed(test, lab.variant())]
+    return records
 
 
 def over_seeds(stage: str, name: str, split: str, metric: str, values: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -468,14 +478,15 @@ def backdoors(lab: Lab) -> Records:
     """Can backdoors be seen in the weights? Half of the members were trained with a trigger patch."""
     zoo = lab.zoo(backdoor_share=0.5)
     variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
-    records = lab.compare(
-        zoo,
-        variants,
+    trained = {name: lab.represent(zoo, variant, name) for name, variant in variants.items()}
+    config = dataclasses.replace(
+        lab.base.probe,
         categories=("backdoor", "init"),
         properties=("attack", "test_acc"),
         epochs=lab.base.zoo.save_epochs[-1:],
     )
-    return [record for record in records if record["stage"] == "probe"]
+    records = probe_stage(lab.own / "probe", zoo, trained, config)
+    return [placed(record, variants.get(record["representation"])) for record in records]
 
 
 @study("accuracy after 0 epochs", "accuracy after 1 epoch", "accuracy after 5 epochs")

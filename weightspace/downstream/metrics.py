@@ -165,7 +165,7 @@ def record(
     representation: str,
     split: str,
     metric: str,
-    mean: float,
+    mean: float | None,
     low: float | None = None,
     high: float | None = None,
     n: int | None = None,

@@ -317,6 +317,12 @@ class Strategy:
     """most members per shard"""
 
 
+def shards_of(members: int, strategy: Strategy) -> int:
+    """How many shards some members are trained in: as many for every worker, where there are enough members."""
+    least = -(-members // strategy.unit)
+    return min(-(-least // strategy.workers) * strategy.workers, members)
+
+
 def plan(config: ZooConfig, task: ImageTask, members: int, cores: int) -> Strategy:
     """The fastest strategy for this network on this machine, by measurement; config.workers and .group overrule it."""
     architecture = architecture_of(config, task)
@@ -375,7 +381,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
     units = [
         own.iloc[rows]
         for _, own in members.groupby("task", sort=False)
-        for rows in np.array_split(np.arange(len(own)), -(-len(own) // strategy.unit))
+        for rows in np.array_split(np.arange(len(own)), shards_of(len(own), strategy))
     ]
     todo = [unit for unit in range(len(units)) if not writer.has(unit)]
     finished = len(members) - sum(len(units[unit]) for unit in todo)
