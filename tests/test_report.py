@@ -1,4 +1,4 @@
-"""The report of a small synthetic run: complete, exact, repeatable, partial where the run is, and closed to outside."""
+"""Reports of a small synthetic run and of small studies: complete, exact, repeatable, and closed to outside."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.lines import Line2D
 
-from weightspace.report import tables
-from weightspace.report.page import looks_of, make_report, read_run
-from weightspace.runs import UserError, write_json, write_lines
+from weightspace.report import figures, tables
+from weightspace.report.page import looks_of, make_report, read_run, split_cell
+from weightspace.report.study import make_study_report
+from weightspace.runs import UserError, read_lines, write_json, write_lines
 
 REPRESENTATIONS = ("structure", "structure+behavior")
 BASELINES = ("anchors", "anchors + noise", "weight averages", "PCA")
 FIGURES = (
     "zoo_accuracy",
+    "zoo_hyperparameters",
     "training_curves",
     "embedding_map",
     "probe_scatter",
     "reconstruction_accuracy",
     "reconstruction_distributions",
     "accuracy_distributions",
+    "accuracy_histograms",
     "generation_novelty",
     "finetuning_curves",
 )
+KINDS = ("csv", "md", "tex")
 RECORDED = ("probe", "reconstruct", "generate", "finetune")
 
 
@@ -54,9 +60,8 @@ def write_zoo(run: Path, rng: np.random.Generator) -> pd.DataFrame:
     for member, split in enumerate(splits):
         for epoch in (0, 1, 2, 5, 10, 25):
             test = 0.1 + (0.88 * skill[member]) * (1 - np.exp(-epoch / 3)) + rng.normal(0, 0.01)
-            rows.append(
-                {"member": member, "epoch": epoch, "split": split, "test_acc": test, "gap": rng.normal(0.02, 0.01)}
-            )
+            row = {"member": member, "epoch": epoch, "split": split, "test_acc": test, "gap": rng.normal(0.02, 0.01)}
+            rows.append(row | {"init": ("normal", "uniform")[member % 2], "learning_rate": (1e-3, 3e-3)[member % 2]})
     frame = pd.DataFrame(rows)
     (run / "zoo").mkdir(parents=True)
     frame.to_parquet(run / "zoo" / "checkpoints.parquet")
@@ -165,7 +170,7 @@ def write_finetune(run: Path, rng: np.random.Generator) -> None:
         for epoch in (0, 1, 5):
             start = (0.4, 0.85, 0.95, 0.6, 0.7, 0.3, 0.1)[i]
             accuracy = 0.96 - (0.96 - start) * np.exp(-epoch / 2) + rng.normal(0, 0.02, 12)
-            metric = f"accuracy after {epoch} epochs"
+            metric = f"accuracy after {epoch} epoch{'s' * (epoch != 1)}"
             records.append(record("finetune", name, "", metric, float(accuracy.mean()), 0.01, 12))
             row = {"representation": name, "epoch": epoch}
             rows += [row | {"network": network, "test_acc": value} for network, value in enumerate(accuracy)]
@@ -202,7 +207,7 @@ def test_every_table_and_figure_is_written_and_shown(reported: tuple[Path, Path]
     _, folder = reported
     page = (folder / "index.html").read_text()
     expected = {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
-    expected |= {f"tables/{stage}.{kind}" for stage in tables.STAGES for kind in ("csv", "md", "tex")}
+    expected |= {f"tables/{stage}.{kind}" for stage in (*tables.STAGES, "zoo_properties") for kind in KINDS}
     assert set(contents_of(folder)) == expected | {"index.html"}
     assert page.count("<img") == len(FIGURES)
     assert all(len(alt) > 20 for alt in re.findall(r'<img alt="([^"]*)"', page))
@@ -348,7 +353,9 @@ def test_cells() -> None:
         return tables.cell({"mean": mean, "low": low, "high": high})
 
     assert text(0.91234, 0.9, 0.9249) == "0.912 [0.900, 0.925]"
-    assert text(-12.344, -20.0, -1.0) == "-12.34 [-20.00, -1.00]"
+    assert text(-9.3444, -9.9, -1.0) == "-9.344 [-9.900, -1.000]"
+    assert text(-97120273.3, -1e9, -1.0) == text(-10.01, None, None) == "<-10"
+    assert text(-8.0, -1e9, 0.5) == "-8.000 [<-10, 0.500]"
     assert text(0.5, None, None) == text(0.5, float("nan"), float("nan")) == "0.500"
     assert text(None, None, None) == text(float("nan"), 0.1, 0.2) == tables.EN_DASH
 
@@ -404,6 +411,37 @@ def test_markdown() -> None:
     )
 
 
+def test_numbers_below_the_worst_are_short_in_tables_and_whole_in_the_csv() -> None:
+    low = {**record("probe", "raw weights", "test", "R2 gap", -97120273.3, None, 8), "low": -1e9, "high": 0.5}
+    frame = tables.table([low, record("probe", "embeddings", "test", "R2 gap", -0.5, 0.1, 8)])
+    assert frame["R² generalization gap"].tolist() == ["<-10", "-0.500 [-0.600, -0.400]"]
+    assert split_cell("gap", "<-10") == ("<\u221210", "")
+    assert split_cell("gap", "-0.500 [<-10, -0.400]") == ("\u22120.500", "[<\u221210, \u22120.400]")
+    assert r"\textless{}$-$10" in tables.to_latex(frame)
+    assert "-97120273.3,-1000000000.0,0.5,8" in tables.to_csv([low])
+
+
+def test_zoo_properties_are_those_of_pandas(reported: tuple[Path, Path]) -> None:
+    run, folder = reported
+    shown = pd.read_csv(folder / "tables" / "zoo_properties.csv", index_col="property")
+    assert list(shown.index) == ["test_acc", "gap", "learning_rate"]
+    assert list(shown.columns) == ["count", "mean", "deviation", "min", "25%", "median", "75%", "max"]
+    zoo = pd.read_parquet(run / "zoo" / "checkpoints.parquet")
+    gap = zoo.loc[zoo["epoch"] == 25, "gap"]
+    expected = [40, gap.mean(), gap.std(ddof=1), *np.quantile(gap, (0, 0.25, 0.5, 0.75, 1))]
+    assert shown.loc[["gap"]].to_numpy()[0] == pytest.approx(expected)
+    text = (folder / "tables" / "zoo_properties.md").read_text()
+    assert f"| test accuracy | 40 | {zoo.loc[zoo['epoch'] == 25, 'test_acc'].mean():.4g} |" in text
+
+
+def test_only_a_smoke_run_is_told_to_mean_nothing(tmp_path: Path) -> None:
+    write_zoo(tmp_path, np.random.default_rng(0))
+    for name, told in (("smoke", True), ("digits", False)):
+        write_json(tmp_path / "config.json", {"name": name})
+        page = make_report(tmp_path, tmp_path / "report").read_text()
+        assert ("Its numbers mean nothing." in page) is told
+
+
 def test_bootstrap() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(3, 2, 400)
@@ -412,6 +450,255 @@ def test_bootstrap() -> None:
     assert (low, high) == pytest.approx((mean - 1.96 * 0.1, mean + 1.96 * 0.1), abs=0.03)
     assert np.isnan(tables.bootstrap(values[:1], generator)[1:]).all()
     assert np.isnan(tables.bootstrap(np.array([1.0, np.nan]), generator)).all()
+
+
+ABOUT: dict[str, Any] = {
+    "name": "beta",
+    "question": "How much structure & <behavior>?",
+    "task": "digits",
+    "scale": "small",
+    "command": "weightspace study beta",
+    "metrics": ["skill", "agreement", "learning rate"],
+    "x": "beta",
+}
+
+
+def study_records() -> list[dict[str, Any]]:
+    """Two variants on two splits with a setting each, and a baseline."""
+    records = []
+    for i, name in enumerate(("beta 0.1", "beta 1")):
+        place = {"x": (0.1, 1.0)[i], "group": None, "variant": True}
+        for split in ("test", "unseen"):
+            skill = -97120273.3 if split == "unseen" and i else 0.5 + i / 4
+            records.append(record("reconstruct", name, split, "agreement", 0.8 + i / 10, 0.01, 8) | place)
+            records.append(record("reconstruct", name, split, "skill", skill, 0.02, 8) | place)
+            records.append(record("reconstruct", name, split, "weight distance", 3.0, 0.1, 8) | place)
+        records.append(record("pretrain", name, "", "learning rate", 0.001 + i, None, None) | place)
+    baseline = {"x": None, "group": None, "variant": False}
+    return [*records, record("reconstruct", "PCA", "test", "skill", 0.7123456789, 0.02, 8) | baseline]
+
+
+def write_small_study(folder: Path) -> Path:
+    """A study of which no stage left anything."""
+    write_json(folder / "study.json", ABOUT)
+    write_json(folder / "records.json", study_records())
+    return folder
+
+
+def write_study(folder: Path) -> Path:
+    """A study with every further table, equal at every call."""
+    rng = np.random.default_rng(3)
+    write_small_study(folder)
+    write_representations(folder, rng)
+    write_reconstruct(folder, rng)
+    write_generate(folder, rng)
+    counts = [(which, count) for which in ("top", "bottom", "mixed") for count in (1, 10, 100) for _ in range(6)]
+    spectrum = pd.DataFrame(counts, columns=["which", "count"])
+    spectrum = spectrum.assign(test_acc=rng.random(len(counts)), agreement=rng.random(len(counts)))
+    spectrum.to_parquet(folder / "spectrum.parquet")
+    curves = [{"name": n, "component": k, "variance": 0.5**k} for n in ("original", "beta 1") for k in range(9)]
+    pd.DataFrame(curves).to_parquet(folder / "variance.parquet")
+    probes = [
+        {"representation": n, "epoch": e, "property": p, "mean": 0.5, "low": 0.4, "high": 0.6}
+        for n in (*REPRESENTATIONS, "weight statistics")
+        for e in (0, 5, 25)
+        for p in ("test_acc", "gap")
+    ]
+    pd.DataFrame(probes).to_parquet(folder / "probe_epochs.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a study with every further table."""
+    return make_study_report(write_study(tmp_path_factory.mktemp("study"))).parent
+
+
+def test_the_tables_of_a_study_have_its_numbers(tmp_path: Path) -> None:
+    folder = write_small_study(tmp_path)
+    page = make_study_report(folder)
+    report = folder / "report"
+    assert page == report / "index.html"
+    assert (report / "table.md").read_text() == (
+        "| variant | split | skill | agreement | learning rate | n |\n| --- | --- | ---: | ---: | ---: | ---: |\n"
+        "| beta 0.1 | test | 0.500 [0.480, 0.520] | 0.800 [0.790, 0.810] | 0.001 | 8 |\n"
+        "| beta 1 | test | 0.750 [0.730, 0.770] | 0.900 [0.890, 0.910] | 1.001 | 8 |\n"
+        "| PCA | test | 0.712 [0.692, 0.732] | \u2013 | \u2013 | 8 |\n"
+        "| beta 0.1 | unseen | 0.500 [0.480, 0.520] | 0.800 [0.790, 0.810] | 0.001 | 8 |\n"
+        "| beta 1 | unseen | <-10 | 0.900 [0.890, 0.910] | 1.001 | 8 |\n"
+    )
+    latex = (report / "table.tex").read_text()
+    assert r"PCA & test & 0.712 [0.692, 0.732] & -- & -- & 8 \\" in latex and latex.count(r"\\") == 6
+    unrounded = pd.read_csv(report / "table.csv")
+    assert list(unrounded.columns) == [*tables.FIELDS, "x", "group", "variant"]
+    assert unrounded["mean"].tolist() == [entry["mean"] for entry in study_records()]
+    of_test = pd.read_csv(report / "tables" / "beta_test.csv")
+    assert len(of_test) == 9 and set(of_test["split"].fillna("")) == {"test", ""}
+    text = page.read_text()
+    assert "How much structure &amp; &lt;behavior&gt;?" in text and "weightspace study beta" in text
+    assert "Its numbers mean nothing." not in text
+
+
+def test_a_study_shows_what_its_stages_left(study_report: Path) -> None:
+    page = (study_report / "index.html").read_text()
+    drawn = {"beta_test", "beta_unseen", "spectrum_curves", "variance_curves", "probe_curves", "training_curves"}
+    drawn |= {"reconstruction_accuracy", "reconstruction_distributions", "accuracy_distributions"}
+    drawn |= {"accuracy_histograms", "generation_novelty"}
+    assert {path.stem for path in (study_report / "figures").glob("*.svg")} == drawn
+    assert page.count("<img") == len(drawn)
+    assert not re.search(r"https?://|@import|url\(|<script", page)
+    for target in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert target.startswith(("data:", "#")) or (study_report / target).is_file(), target
+
+
+def test_metrics_of_a_study_may_lie_in_one_file(tmp_path: Path) -> None:
+    apart, together = write_small_study(tmp_path / "apart"), write_small_study(tmp_path / "together")
+    write_representations(apart, np.random.default_rng(0))
+    lines = {name: read_lines(apart / "representations" / name / "metrics.jsonl") for name in REPRESENTATIONS}
+    write_json(together / "metrics.json", lines)
+    curves = [make_study_report(each).parent / "figures" / "training_curves.svg" for each in (apart, together)]
+    assert curves[0].read_bytes() == curves[1].read_bytes()
+
+
+def test_equal_studies_give_equal_bytes(study_report: Path, tmp_path: Path) -> None:
+    again = write_study(tmp_path)
+    assert contents_of(make_study_report(again).parent) == contents_of(study_report)
+
+
+def test_a_changed_number_changes_the_page_of_a_study(tmp_path: Path) -> None:
+    found = []
+    for factor in (1.0, 0.9):
+        write_small_study(tmp_path)
+        write_json(tmp_path / "records.json", [{**entry, "mean": factor * entry["mean"]} for entry in study_records()])
+        found.append(contents_of(make_study_report(tmp_path).parent))
+    for name in ("index.html", "table.csv", "table.md", "table.tex", "figures/beta_test.svg"):
+        assert found[0][name] != found[1][name], name
+
+
+@pytest.mark.parametrize("base", [{"name": "smoke"}, None])
+def test_a_smoke_study_is_told_to_mean_nothing(base: dict[str, Any] | None, tmp_path: Path) -> None:
+    write_json(tmp_path / "study.json", {**ABOUT, "scale": "smoke"})
+    write_json(tmp_path / "records.json", study_records())
+    if base:
+        write_json(tmp_path / "study.json", {key: value for key, value in ABOUT.items() if key != "scale"})
+        write_json(tmp_path / "stage.json", {"stage": "study", "config": {"base": base}, "finished": True})
+    assert "Its numbers mean nothing." in make_study_report(tmp_path).read_text()
+
+
+def test_what_is_no_study_or_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path} is not a finished study: it has no study.json")):
+        make_study_report(tmp_path)
+    write_json(tmp_path / "study.json", {"name": "beta", "metrics": []})
+    with pytest.raises(UserError, match=r"study\.json lacks question, metrics; run the study again"):
+        make_study_report(tmp_path)
+    write_json(tmp_path / "study.json", ABOUT)
+    with pytest.raises(UserError, match=r"records\.json does not exist"):
+        make_study_report(tmp_path)
+    good = study_records()
+    for damage, message in (
+        ({"mean": "much"}, "whose mean is no number"),
+        ({"x": "far"}, "whose x is no number"),
+        ({"metric": "agreement"}, "has two records of reconstruct / beta 0.1 / test / agreement"),
+    ):
+        write_json(tmp_path / "records.json", [good[0], {**good[1], **damage}])
+        with pytest.raises(UserError, match=message):
+            make_study_report(tmp_path)
+    write_json(tmp_path / "records.json", {"mean": 1})
+    with pytest.raises(UserError, match="is not a list of records"):
+        make_study_report(tmp_path)
+    write_json(tmp_path / "records.json", [good[2]])
+    with pytest.raises(
+        UserError, match="no record of the study beta is of skill, agreement, learning rate; the metrics"
+    ):
+        make_study_report(tmp_path)
+    write_json(tmp_path / "records.json", good)
+    pd.DataFrame({"which": ["top"]}).to_parquet(tmp_path / "spectrum.parquet")
+    with pytest.raises(UserError, match=r"spectrum\.parquet lacks the columns count, test_acc, agreement"):
+        make_study_report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def variants(count: int, x: tuple[float, ...] | None, splits: tuple[str, ...], group: bool = False) -> pd.DataFrame:
+    """Numbers of one metric for several variants and one baseline."""
+    rows = [
+        {"variant": f"a variant with a really rather long name, number {i}", "split": split, "mean": i / count}
+        | {"low": (i - 1) / count, "high": (i + 1) / count, "x": x[i] if x else None, "baseline": False}
+        | {"group": f"group {i % 2}" if group else None}
+        for i in range(count)
+        for split in splits
+    ]
+    baseline = {"variant": "PCA", "split": "test", "metric": "skill", "mean": 0.5, "low": 0.4, "high": 0.6}
+    frame = pd.DataFrame([*rows, baseline | {"baseline": True}]).astype({"x": float})
+    return frame.assign(metric="skill")
+
+
+def points(line: Line2D) -> np.ndarray:
+    """What a line goes through [n, 2]."""
+    return np.asarray(line.get_xydata())
+
+
+def test_panels_are_curves_where_every_variant_has_an_x() -> None:
+    frame = variants(4, (1.0, 10.0, 30.0, 100.0), ("test", "unseen"))
+    drawn = figures.study_panels(frame, ["skill"], "queries")
+    axes = drawn.axes[0]
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "queries"
+    curves = [line for line in axes.lines if len(points(line)) == 4]
+    assert len(curves) == 2
+    for line in curves:
+        np.testing.assert_allclose(points(line), [[1, 0], [10, 0.25], [30, 0.5], [100, 0.75]])
+    assert [text.get_text() for text in drawn.legends[0].texts] == ["test", "unseen", "PCA"]
+    near = figures.study_panels(variants(4, (1.0, 2.0, 5.0, 20.0), ("test",)), ["skill"])
+    assert near.axes[0].get_xscale() == "linear"
+    grouped = figures.study_panels(variants(4, (1.0, 2.0, 1.0, 2.0), ("test",), group=True), ["skill"])
+    assert [text.get_text() for text in grouped.legends[0].texts] == ["group 0", "group 1", "PCA"]
+
+
+def test_panels_are_rows_where_a_variant_has_no_x() -> None:
+    for frame in (variants(3, None, ("test", "unseen")), variants(3, (1.0, float("nan"), 3.0), ("test", "unseen"))):
+        drawn = figures.study_panels(frame, ["skill"])
+        axes = drawn.axes[0]
+        names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
+        assert names == [*(f"a variant with a really rather long name, number {i}" for i in range(3)), "PCA"]
+        dots = {tuple(np.round(points(line)[0], 6)) for line in axes.lines if len(points(line))}
+        assert {x for x, _ in dots} == {0.0, 0.333333, 0.666667, 0.5} and len(dots) == 7
+
+
+def test_a_number_far_below_does_not_stretch_a_panel() -> None:
+    for x in (None, (1.0, 2.0, 3.0)):
+        frame = variants(3, x, ("test",))
+        frame.loc[1, ["mean", "low", "high"]] = -97120273.3
+        axes = figures.study_panels(frame, ["skill"]).axes[0]
+        low, _ = axes.get_xlim() if x is None else axes.get_ylim()
+        assert low > -1
+        assert len([line for line in axes.lines if str(line.get_marker()) in "<v" and len(points(line))]) == 1
+
+
+def test_histograms_hold_every_network_once() -> None:
+    rng = np.random.default_rng(0)
+    original, generated = rng.beta(9, 2, 200), rng.beta(4, 2, 50)
+    reconstructed = pd.DataFrame({"representation": "r", "original_acc": original, "reconstructed_acc": original / 2})
+    new = pd.DataFrame({"representation": "r", "test_acc": generated})
+    axes = figures.accuracy_histograms(reconstructed, new, ["r"], figures.styles(["r"], [])).axes[0]
+    for patch, found in zip(axes.patches, (original, original / 2, generated), strict=True):
+        shares, edges, _ = patch.get_data()  # type: ignore[attr-defined]
+        assert shares.sum() == pytest.approx(1)
+        assert (edges[:-1] + edges[1:]) @ shares / 2 == pytest.approx(found.mean(), abs=np.diff(edges).max() / 2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [3, 14])
+@pytest.mark.parametrize("swept", [False, True])
+def test_panels_fit_their_page(count: int, swept: bool) -> None:
+    frame = variants(count, tuple(range(1, count + 1)) if swept else None, ("test", "unseen"))
+    metrics = [f"metric {i}" for i in range(6)]
+    drawn = figures.study_panels(pd.concat([frame.assign(metric=metric) for metric in metrics]), metrics)
+    with matplotlib.rc_context(figures.RC):
+        drawn.draw_without_rendering()
+    assert min(axes.get_position().width for axes in drawn.axes) > 0.7 / (3 if swept else 2)
+    boxes = [axes.get_tightbbox() for axes in drawn.axes]
+    for i, box in enumerate(boxes):
+        assert box is not None and drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1 + 1
+        assert not any(other is not None and box.overlaps(other) for other in boxes[:i])
 
 
 def browser() -> str | None:

@@ -92,7 +92,10 @@ def test_every_further_component_lowers_the_error_of_every_network(train: Checkp
             chosen = [choose(spectrum, which, count, generator()) for count in range(1, 24)]
             errors = torch.stack([error(checkpoints, spectrum, each) for each in chosen])
             assert (errors.diff(dim=0) <= 1e-6).all()
-    of_three = {which: error(train, spectrum, choose(spectrum, which, 3, generator())).mean() for which in ("top", "mixed", "bottom")}
+    of_three = {
+        which: error(train, spectrum, choose(spectrum, which, 3, generator())).mean()
+        for which in ("top", "mixed", "bottom")
+    }
     assert of_three["top"] < of_three["mixed"] < of_three["bottom"]
 
 

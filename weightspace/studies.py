@@ -42,7 +42,7 @@ from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
 Records = list[dict[str, Any]]
-LEARNING_RATES = (3e-4, 1e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """What every variant is tried with where a study tunes."""
 SEEDS = 3
 """Seeds of the study of seeds."""
@@ -532,7 +532,8 @@ def run_study(name: str, base: Experiment, folder: Path, device: torch.device, c
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}; the studies are {', '.join(STUDIES)}")
     chosen, lab = STUDIES[name], Lab(base, folder, name, device)
-    with runs.stage(lab.own, "study", {"study": name, "base": dataclasses.asdict(base)}) as todo:
+    claim = {"study": name, "base": dataclasses.asdict(base), "learning_rates": LEARNING_RATES, "seeds": SEEDS}
+    with runs.stage(lab.own, "study", claim) as todo:
         if todo:
             records = chosen.run(lab)
             write_json(lab.own / "records.json", records)

@@ -115,8 +115,9 @@ def networks_for(
     """The networks of every method for one task: representations first, then the baselines.
 
     The baselines: the anchors; the joint KDE in a PCA of the weights with as many values; anchors + noise at the
-    distance at which the networks of the last representation lie from their nearest anchor; averages of two aligned
-    anchors. Where a sampler has a bandwidth, the widest is used that keeps the anchors' validation accuracy.
+    distance at which the networks of the last representation (and sampler) lie from their nearest anchor; averages
+    of two aligned anchors. Where a sampler has a bandwidth, the widest is used that keeps the anchors' validation
+    accuracy.
     """
     first = next(iter(representations.values()))
     architecture = zoo.architecture

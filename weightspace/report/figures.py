@@ -7,6 +7,8 @@ Every figure is 7 inches wide, which a page shows at 672 pixels.
 from __future__ import annotations
 
 import functools
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from weightspace.report.tables import SPLITS, best_validation, bootstrap, in_order, label
+from weightspace.report.tables import SPLITS, WORST, best_validation, bootstrap, in_order, label
 from weightspace.runs import atomic, derive_seed
 
 WIDTH = 7.0
@@ -34,6 +37,16 @@ MARKERS = ("s", "^", "D", "v", "P", "X", "<", "p")
 SPLIT_MARKERS = {"train": "o", "val": "o", "test": "s", "unseen": "^"}
 HYPERPARAMETERS = ("task", "init", "learning_rate", "weight_decay", "backdoor")
 """Columns of a zoo's table that tell how a member was trained."""
+WIDE = 20
+"""An x that spans more than this factor has a logarithmic axis."""
+BINS = 30
+"""Bars of a histogram."""
+HISTOGRAMS: dict[str, dict[str, Any]] = {
+    "original": {"color": "#c4c4c4", "fill": True},
+    "reconstructed": {"linewidth": 1.4},
+    "generated": {"linewidth": 1.2, "linestyle": (0, (2, 1))},
+}
+"""How each set of networks is drawn in a histogram; without a color in that of its representation."""
 RASTER = 1500
 """More points than this are drawn as pixels in the SVG, so that it stays small."""
 RC: dict[Any, Any] = {
@@ -134,126 +147,193 @@ def zoo_hyperparameters(checkpoints: pd.DataFrame) -> Figure:
     """Test accuracy at the last epoch, a panel per hyperparameter that varies and a box per value."""
     last = checkpoints[checkpoints["epoch"] == checkpoints["epoch"].max()]
     names = varied(checkpoints)
-    figure, grid = panels(len(names), height=2.2, columns=min(2, len(names)), sharey=True)
+    columns = min(2, len(names))
+    figure, grid = panels(len(names), height=2.2, columns=columns, sharey=True)
     for i, (axes, name) in enumerate(zip(grid, names, strict=True)):
-        groups = sorted(last[name].unique())
-        boxes(
-            axes,
-            [values(last[last[name] == g], "test_acc") for g in groups],
-            range(len(groups)),
-            [ORIGINAL] * len(groups),
-        )
-        words = [f"{g:g}" if isinstance(g, float | int) else str(g).replace("_", "\n") for g in groups]
-        axes.set_xticks(range(len(groups)), words)
+        groups = sorted(last[name].dropna().unique())
+        accuracy = [values(last[last[name] == group], "test_acc") for group in groups]
+        boxes(axes, accuracy, range(len(groups)), [ORIGINAL] * len(groups))
+        words = [f"{group:g}" if isinstance(group, float | int) else str(group) for group in groups]
+        broken = [re.sub(r"[_ @]", "\n", word) if len(word) > 40 / columns / len(groups) else word for word in words]
+        axes.set_xticks(range(len(groups)), broken)
+        axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set_xlabel(name.replace("_", " "))
-        if i % 2 == 0:
+        if i % columns == 0:
             axes.set_ylabel("test accuracy\n(share of images)")
     return figure
 
 
 @styled
-def study_panels(frame: pd.DataFrame, shown: Sequence[str], x_label: str = "") -> Figure:
-    """One panel per metric over the variants of a study.
+def study_panels(frame: pd.DataFrame, metrics: Sequence[str], x_label: str = "") -> Figure:
+    """What the variants of a study reach, a panel per metric.
 
-    Where the variants have an x, curves over it (one per group) with intervals, and baselines as horizontal lines; else
-    a row per variant, baselines in gray.
+    Where every variant has an x, curves over it with bands for their intervals, one per group (or per split, where
+    there are no groups), and baselines as horizontal lines. Else a row per variant with dots and intervals, one color
+    per group (or split), baselines in gray. Numbers below tables.WORST are arrows at the edge.
 
     Args:
-        frame: representation, metric, mean, low, high, x, group, baseline (bool).
-        shown: the metrics, in order.
+        frame: variant, split, metric, mean, low, high (NaN where there is none), x, group (None where there is none),
+            baseline (bool).
+        metrics: which are shown, in order.
         x_label: what x is.
     """
-    swept = frame.loc[~frame["baseline"], "x"].notna().any()
-    names = in_order(frame["representation"], ())
-    height = 2.1 if swept else 0.75 + 0.21 * len(names)
-    figure, grid = panels(len(shown), height=height, columns=3 if swept else 2, sharey=not swept)
-    for i, (axes, metric) in enumerate(zip(grid, shown, strict=True)):
+    own = frame[~frame["baseline"]]
+    swept = len(own) > 0 and bool(own["x"].notna().all())
+    grouped = bool(own["group"].notna().any())
+    frame = frame.assign(series=frame["group"].fillna("") if grouped else frame["split"])
+    series = in_order(frame.loc[~frame["baseline"], "series"], () if grouped else SPLITS)
+    colors = {name: Style(COLORS[i % len(COLORS)], (*"os^Dv", *MARKERS)[i % 12]) for i, name in enumerate(series)}
+    baselines = in_order(frame.loc[frame["baseline"], "variant"], ())
+    grays = {name: Style(GRAYS[i % len(GRAYS)], "", DASHES[i % len(DASHES)]) for i, name in enumerate(baselines)}
+    names = in_order(frame["variant"], ())
+    columns = min(3 if swept else 2, len(metrics))
+    wrapped = ["\n".join(textwrap.wrap(name, 24)) for name in names]
+    lines = max(name.count("\n") + 1 for name in wrapped)
+    height = 2.1 if swept else 0.6 + max(0.08 + 0.13 * lines, 0.1 + 0.1 * (1 if grouped else len(series))) * len(names)
+    figure, grid = panels(len(metrics), height=height, columns=columns, sharey=not swept)
+    for i, (axes, metric) in enumerate(zip(grid, metrics, strict=True)):
         rows = frame[frame["metric"] == metric]
         if swept:
-            _swept(axes, rows, x_label)
+            _curves(axes, rows, colors, grays)
+            if i + columns >= len(metrics):
+                axes.set_xlabel(x_label)
         else:
-            _listed(axes, rows, names)
-        axes.set_title(label(metric))
-        if not swept and i % 2 == 0:
-            axes.set_yticks(range(len(names)), names)
-    groups = in_order(frame.loc[~frame["baseline"], "group"].dropna(), ()) if swept else []
-    baselines = in_order(frame.loc[frame["baseline"], "representation"], ()) if swept else []
-    if groups or baselines:
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], marker="o", markersize=4) for i in range(len(groups))]
-        handles += [
-            Line2D([], [], color=GRAYS[i % len(GRAYS)], linestyle=DASHES[i % len(DASHES)])
-            for i in range(len(baselines))
-        ]
-        figure.legend(handles, [*groups, *baselines], loc="outside lower center", ncols=3)
+            _rows(axes, rows, names, colors, 0.0 if grouped else 0.26)
+            axes.set_yticks(range(len(names)), wrapped, linespacing=0.95)
+        axes.set_title("\n".join(textwrap.wrap(label(metric), 30 if swept else 44)))
+    look = {**(colors if len(colors) > 1 else {}), **(grays if swept else {})}
+    handles = [
+        Line2D([], [], color=each.color, marker=each.marker, linestyle=each.dashes if swept else "", markersize=4)
+        for each in look.values()
+    ]
+    if look:
+        columns = max(1, min(len(look), int(90 / (8 + max(map(len, look))))))
+        figure.legend(handles, [name or "all" for name in look], loc="outside lower center", ncols=columns)
     return figure
 
 
-def _swept(axes: Axes, rows: pd.DataFrame, x_label: str) -> None:
-    own = rows[~rows["baseline"] & rows["x"].notna()]
-    groups = in_order(own["group"].dropna(), ()) or [None]
-    for i, group in enumerate(groups):
-        curve = (own if group is None else own[own["group"] == group]).sort_values(by="x")
+def _curves(axes: Axes, rows: pd.DataFrame, colors: Styles, grays: Styles) -> None:
+    """One metric over x: a curve with a band per series, a horizontal line per baseline."""
+    own = rows[~rows["baseline"]]
+    for name, look in colors.items():
+        curve = own[own["series"] == name].sort_values(by="x")
         x, mean, low, high = (values(curve, column) for column in ("x", "mean", "low", "high"))
-        axes.plot(x, mean, color=COLORS[i % len(COLORS)], marker="o", markersize=3.5)
-        axes.fill_between(x, low, high, color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0)
-    for i, name in enumerate(in_order(rows.loc[rows["baseline"], "representation"], ())):
-        mean = values(rows[rows["representation"] == name], "mean")[0]
-        axes.axhline(mean, color=GRAYS[i % len(GRAYS)], linestyle=DASHES[i % len(DASHES)], linewidth=1)
+        mean_shown = np.where(mean < WORST, np.nan, mean)
+        known = np.isfinite(mean_shown)
+        axes.fill_between(x, low.clip(WORST), high, where=known.tolist(), color=look.color, alpha=0.15, linewidth=0)
+        axes.plot(x, mean_shown, color=look.color, marker=look.marker, markersize=3.5)
+        _arrows(axes, x[mean < WORST], "v", look.color)
+    for name, look in grays.items():
+        for mean in values(rows[rows["variant"] == name], "mean"):
+            if mean >= WORST:
+                axes.axhline(mean, color=look.color, linestyle=look.dashes, linewidth=1, zorder=1)
     x = values(own, "x")
-    if len(x) and x.min() > 0 and x.max() / x.min() > 7:
-        axes.set_xscale("log")
-    axes.set_xlabel(x_label)
+    if len(x) and x.min() > 0 and x.max() / x.min() > WIDE:
+        log_scale(axes, x=True)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _listed(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
+def _rows(axes: Axes, rows: pd.DataFrame, names: Sequence[str], colors: Styles, step: float) -> None:
+    """One metric in rows: a dot with its interval per variant and series, the series `step` apart."""
     for place, name in enumerate(names):
-        row = rows[rows["representation"] == name]
-        if row.empty or not np.isfinite(values(row, "mean")[0]):
-            continue
-        color = ORIGINAL if row["baseline"].iloc[0] else COLORS[0]
-        axes.hlines(place, values(row, "low"), values(row, "high"), color=color, linewidth=1.6)
-        axes.plot(values(row, "mean"), [place], "o", color=color, markersize=4.5)
+        for j, (series, look) in enumerate(colors.items()):
+            row = rows[(rows["variant"] == name) & (rows["baseline"] | (rows["series"] == series))]
+            row = row[row["mean"].notna()].head(1) if not step else row[row["series"] == series]
+            if row.empty:
+                continue
+            y = np.full(len(row), place + (j - (len(colors) - 1) / 2) * step)
+            color = ORIGINAL if row["baseline"].iloc[0] else look.color
+            mean, low, high = (values(row, column) for column in ("mean", "low", "high"))
+            known = mean >= WORST
+            axes.hlines(y[known], low[known].clip(WORST), high[known], color=color, linewidth=1.6)
+            axes.plot(mean[known], y[known], look.marker, color=color, markersize=4.2, linestyle="")
+            _arrows(axes, y[mean < WORST], "<", color)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", color="#eeeeee", linewidth=0.7)
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
+def _arrows(axes: Axes, places: np.ndarray, marker: str, color: str) -> None:
+    """Arrows at the lower edge of an axis, for numbers beyond it; the layout does not look at them."""
+    down, edge = marker == "v", np.full(len(places), 0.03)
+    transform = axes.get_xaxis_transform() if down else axes.get_yaxis_transform()
+    x, y = (places, edge) if down else (edge, places)
+    axes.plot(x, y, marker, color=color, markersize=4.5, transform=transform, linestyle="", in_layout=False)
+
+
 @styled
 def spectrum_curves(frame: pd.DataFrame) -> Figure:
-    """Accuracy and agreement (test_acc, agreement) against the number of components kept (count), per choice (which)."""
-    figure, grid = panels(2, height=2.8, columns=2)
-    choices = in_order(frame["which"], ("top", "mixed", "bottom"))
-    for axes, (column, title) in zip(
-        grid, {"test_acc": "test accuracy", "agreement": "agreement"}.items(), strict=True
-    ):
+    """Accuracy and agreement (test_acc, agreement) against the number of components kept (count), per choice (which).
+
+    Lines are medians over checkpoints, bands their quartiles.
+    """
+    columns = {"test_acc": "test accuracy", "agreement": "agreement with the whole network"}
+    figure, grid = panels(2, height=2.8, columns=2, sharey=True)
+    choices = in_order(frame["which"], ())
+    for axes, (column, title) in zip(grid, columns.items(), strict=True):
         for i, which in enumerate(choices):
             groups = frame[frame["which"] == which].groupby("count")[column]
-            quartiles = groups.quantile([0.25, 0.5, 0.75]).unstack()
-            counts = np.asarray(quartiles.index, float)
-            axes.plot(counts, quartiles[0.5], color=COLORS[i], marker="o", markersize=3.5)
-            axes.fill_between(counts, quartiles[0.25], quartiles[0.75], color=COLORS[i], alpha=0.15, linewidth=0)
-        axes.set_xscale("log")
+            low, middle, high = (groups.quantile(q) for q in (0.25, 0.5, 0.75))
+            counts = np.asarray(middle.index, float)
+            axes.fill_between(counts, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
+            axes.plot(counts, middle, color=COLORS[i], marker="os^"[i % 3], markersize=3.5)
+        log_scale(axes, x=True)
         axes.set_xlabel("principal components kept")
-        axes.set_ylabel(f"{title}\n(share of images)")
-    handles = [Line2D([], [], color=COLORS[i], marker="o", markersize=4) for i in range(len(choices))]
+        axes.set_title(title)
+    grid[0].set_ylabel("share of images")
+    handles = [Line2D([], [], color=COLORS[i], marker="os^"[i % 3], markersize=4) for i in range(len(choices))]
     figure.legend(handles, choices, loc="outside lower center", ncols=len(choices))
     return figure
 
 
 @styled
-def spectrum_variance(frame: pd.DataFrame, looks: Styles) -> Figure:
+def variance_curves(frame: pd.DataFrame, looks: Styles) -> Figure:
     """Variance along the principal components of the zoo: a line per set of networks (name, component, variance)."""
+    names = in_order(frame["name"], ())
     figure, (axes,) = panels(1, height=2.8)
-    for name in in_order(frame["name"], ()):
+    for name in names:
         rows = frame[frame["name"] == name]
-        axes.plot(
-            rows["component"] + 1, rows["variance"], color=looks[name].color, linestyle=looks[name].dashes, label=name
-        )
-    axes.set_xscale("log")
+        axes.plot(rows["component"] + 1, rows["variance"], color=looks[name].color, linestyle=looks[name].dashes)
+    log_scale(axes, x=True)
     axes.set_yscale("log")
+    variance = values(frame, "variance")
+    largest = float(np.nanmax(variance))
+    axes.set_ylim(max(float(np.nanmin(variance)), 1e-9 * largest) / 2, 2 * largest)  # exact zeros have no logarithm
     axes.set_xlabel("principal component of the zoo's weights")
     axes.set_ylabel("variance along it")
-    figure.legend(loc="outside right center")
+    lined_legend(figure, names, looks, lambda name: {"linestyle": looks[name].dashes})
+    return figure
+
+
+@styled
+def probe_curves(frame: pd.DataFrame, looks: Styles) -> Figure:
+    """R2 of probes by the epoch of the probed checkpoints, a panel per property and a line per representation.
+
+    An R2 below -1 is beyond the panel.
+
+    Args:
+        frame: representation, epoch, property, mean, low, high (R2; NaN where there is none).
+        looks: the style of every representation.
+    """
+    properties, names = in_order(frame["property"], ()), in_order(frame["representation"], ())
+    columns = min(3, max(2, len(properties)))
+    figure, grid = panels(len(properties), height=2.3, columns=columns)
+    for i, (axes, target) in enumerate(zip(grid, properties, strict=True)):
+        for name in names:
+            chosen = (frame["property"] == target) & (frame["representation"] == name)
+            curve, look = frame[chosen].sort_values(by="epoch"), looks[name]
+            epochs, mean, low, high = (values(curve, column) for column in ("epoch", "mean", "low", "high"))
+            axes.fill_between(epochs, low, high, color=look.color, alpha=0.12, linewidth=0)
+            axes.plot(epochs, mean, color=look.color, linestyle=look.dashes, marker=look.marker, markersize=3.5)
+        shown = values(frame[frame["property"] == target], "mean") >= -1
+        rows = frame[frame["property"] == target][shown]
+        axes.set_ylim(*limits(values(rows, "mean"), values(rows, "low").clip(-1), values(rows, "high")))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_title(label(target))
+        axes.set_xlabel("training epochs of the member")
+        if i % columns == 0:
+            axes.set_ylabel("share of variance\nexplained (R\u00b2)")
+    lined_legend(figure, names, looks, lambda name: {"linestyle": looks[name].dashes, "marker": looks[name].marker})
     return figure
 
 
@@ -467,6 +547,43 @@ def accuracy_distributions(
 
 
 @styled
+def accuracy_histograms(
+    reconstructed: pd.DataFrame | None, generated: pd.DataFrame | None, names: Sequence[str], looks: Styles
+) -> Figure:
+    """Histograms of the test accuracy of original, reconstructed and generated networks, a panel per representation.
+
+    Reconstructions of all splits count together. Heights are shares of each set, so that sets of all sizes compare.
+    """
+    parts = {"original": (reconstructed, "original_acc"), "reconstructed": (reconstructed, "reconstructed_acc")}
+    parts["generated"] = (generated, "test_acc")
+    sets = {
+        (name, part): values(frame[frame["representation"] == name], column)
+        for name in names
+        for part, (frame, column) in parts.items()
+        if frame is not None
+    }
+    bins = np.linspace(*limits(*sets.values()), BINS + 1)
+    columns = min(3, max(2, len(names)))
+    figure, grid = panels(len(names), height=2.2, columns=columns, sharey=True)
+    for i, (axes, name) in enumerate(zip(grid, names, strict=True)):
+        for part, look in HISTOGRAMS.items():
+            accuracy = sets.get((name, part), np.empty(0))
+            accuracy = accuracy[np.isfinite(accuracy)]
+            if len(accuracy):
+                color = look.get("color", looks[name].color)
+                shares = np.histogram(accuracy, bins)[0] / len(accuracy)
+                axes.stairs(shares, bins, **{**look, "color": color})
+        axes.set_title(name)
+        axes.set_xlabel("test accuracy (share of images)")
+        if i % columns == 0:
+            axes.set_ylabel("share of networks")
+    shown = [part for part in HISTOGRAMS if any(part == of for _, of in sets)]
+    handles = [Patch(**{"color": "#555555", "fill": False, **HISTOGRAMS[part]}) for part in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
 def generation_scatter(networks: pd.DataFrame, looks: Styles) -> Figure:
     """Test accuracy against novelty of every generated network, representations in color before baselines in gray."""
     names = in_order(networks["representation"], ())
@@ -595,11 +712,12 @@ def widened(column: np.ndarray) -> tuple[float, float]:
     return low - (high - low) / 2, high + (high - low) / 2
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers at 1, 2 and 5."""
-    axes.set_yscale("log", subs=(2, 5))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter() if np.ptp(np.log10(axes.get_ylim())) < 2 else NullFormatter())
+def log_scale(axes: Axes, x: bool = False) -> None:
+    """A logarithmic axis (vertical, or x) with plain numbers at 1, 10, 100, and at 2 and 5 where there is room."""
+    axis = axes.xaxis if x else axes.yaxis
+    (axes.set_xscale if x else axes.set_yscale)("log", subs=(2, 5))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(ScalarFormatter() if np.ptp(np.log10(axis.get_view_interval())) < 2 else NullFormatter())
 
 
 def point_handle(color: str, marker: str) -> Line2D:

@@ -247,10 +247,10 @@ def write_section(stage: str, contents: Contents, folder: Path) -> dict[str, Any
     shown = []
     if records:
         shown.append(write_table(stage, tables.readable(records), CAPTIONS[stage], folder, tables.to_csv(records)))
-    if stage == "zoo" and "zoo" in contents.frames:
-        frame = tables.properties(contents.frames["zoo"])
-        caption = "Properties of the members at the last epoch."
-        shown.append(write_table("zoo_properties", frame, caption, folder, frame.to_csv(index=False)))
+    if stage in FURTHER_TABLES:
+        for name, frame, caption in FURTHER_TABLES[stage](contents):
+            csv = frame.to_csv(index=False, lineterminator="\n")
+            shown.append(write_table(name, tables.rounded(frame), caption, folder, csv))
     drawn = [write_figure(figure, folder) for figure in FIGURES[stage](contents, looks_of(contents))]
     return {"stage": stage, "title": TITLES[stage], "note": NOTES[stage], "tables": shown, "figures": drawn}
 
@@ -279,7 +279,7 @@ def split_cell(column: str, text: str) -> tuple[str, str]:
     """A table's text as (name or mean, interval)."""
     if tables.is_name(column):
         return text, ""
-    mean, _, interval = tables.minus(text, tables.MINUS).partition(" ")
+    mean, _, interval = tables.minus(text).partition(" ")
     return mean, interval
 
 
@@ -300,8 +300,21 @@ def looks_of(contents: Contents) -> dict[str, figures.Style]:
     return figures.styles(representations, [name for name in dict.fromkeys(others) if name not in representations])
 
 
+def zoo_tables(contents: Contents) -> Iterator[tuple[str, pd.DataFrame, str]]:
+    """The distribution of every property."""
+    frame = contents.frames.get("zoo")
+    if frame is not None:
+        properties = tables.zoo_properties(frame)
+        if len(properties):
+            yield "zoo_properties", properties, "Properties of the members at the last epoch: mean, spread, quartiles."
+
+
+FURTHER_TABLES = {"zoo": zoo_tables}
+"""Tables of a stage's section besides its records: (name, unrounded table, caption) each."""
+
+
 def zoo_figures(contents: Contents, looks: figures.Styles) -> Iterator[Shown]:
-    """Accuracy by epoch."""
+    """Accuracy by epoch and by hyperparameter."""
     frame = contents.frames.get("zoo")
     if frame is not None and "test_acc" in frame:
         yield Shown(
@@ -372,7 +385,7 @@ def reconstruct_figures(contents: Contents, looks: figures.Styles) -> Iterator[S
         "together.",
     )
     if "generated" not in contents.frames:
-        yield accuracy_distributions(contents, looks)
+        yield from accuracy_figures(contents, looks)
 
 
 def generate_figures(contents: Contents, looks: figures.Styles) -> Iterator[Shown]:
@@ -380,7 +393,7 @@ def generate_figures(contents: Contents, looks: figures.Styles) -> Iterator[Show
     frame = contents.frames.get("generated")
     if frame is None or frame.empty:
         return
-    yield accuracy_distributions(contents, looks)
+    yield from accuracy_figures(contents, looks)
     yield Shown(
         "generation_novelty",
         figures.generation_scatter(frame, looks),
@@ -402,16 +415,22 @@ def finetune_figures(contents: Contents, looks: figures.Styles) -> Iterator[Show
         )
 
 
-def accuracy_distributions(contents: Contents, looks: figures.Styles) -> Shown:
-    """The distributions of accuracy, per representation."""
+def accuracy_figures(contents: Contents, looks: figures.Styles) -> Iterator[Shown]:
+    """The distributions of accuracy per representation, as boxes and as histograms."""
     parts = [contents.frames.get("reconstructed"), contents.frames.get("generated")]
     present = {name for frame in parts if frame is not None for name in frame["representation"]}
     names = [name for name in looks if name in present and looks[name].color in figures.COLORS] or sorted(present)
-    return Shown(
+    yield Shown(
         "accuracy_distributions",
         figures.accuracy_distributions(*parts, names, looks),
         f"Box plots of the test accuracy of original, reconstructed and generated networks for {listed(names)}.",
         "Test accuracy of the originals, of their reconstructions, and of new networks from the same representation.",
+    )
+    yield Shown(
+        "accuracy_histograms",
+        figures.accuracy_histograms(*parts, names, looks),
+        f"Histograms of the test accuracy of original, reconstructed and generated networks for {listed(names)}.",
+        "The same as histograms, reconstructions of all splits together: what a box hides, such as two peaks.",
     )
 
 

@@ -20,6 +20,8 @@ STAGES = ("zoo", "pretrain", "probe", "reconstruct", "generate", "finetune")
 SPLITS = ("train", "val", "test", "unseen")
 FIELDS = ("stage", "representation", "split", "metric", "mean", "low", "high", "n")
 RESAMPLES = 2000
+WORST = -10
+"""Tables and figures say no more of a number below this, an R2 or a skill, than that it is."""
 
 EN_DASH = "\u2013"
 MINUS = "\u2212"
@@ -41,9 +43,19 @@ LATEX = str.maketrans(
         "|": r"\textbar{}",
         "²": "$^2$",
         EN_DASH: "--",
+        MINUS: "$-$",
     }
 )
-WORDS = {"R2": "R²", "test_acc": "test accuracy", "val_acc": "validation accuracy", "gap": "generalization gap"}
+WORDS = {
+    "R2": "R²",
+    "train_acc": "training accuracy",
+    "val_acc": "validation accuracy",
+    "test_acc": "test accuracy",
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "test_loss": "test loss",
+    "gap": "generalization gap",
+}
 
 
 def bootstrap(values: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES) -> tuple[float, ...]:
@@ -74,13 +86,28 @@ def zoo_records(checkpoints: pd.DataFrame) -> list[dict[str, Any]]:
     return records
 
 
-def properties(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Mean, deviation and quartiles of every numeric property at the zoo's last epoch, as a table of text."""
+def zoo_properties(checkpoints: pd.DataFrame) -> pd.DataFrame:
+    """Numeric properties of the members at the zoo's last epoch, unrounded.
+
+    A row per property: its count (of members where it is known), mean, deviation, min, 25%, median, 75% and max.
+    """
     last = checkpoints[checkpoints["epoch"] == checkpoints["epoch"].max()]
-    numeric = last.select_dtypes("number").drop(columns=["member", "epoch", "shard", "row"], errors="ignore")
-    rows = numeric.describe().T.drop(columns="count")
-    text = rows.map(lambda value: f"{value:.4g}")
-    return text.rename(columns={"std": "deviation", "50%": "median"}).rename_axis("property").reset_index()
+    known = last.select_dtypes("number").drop(columns=["member", "epoch", "seed", "shard", "row"], errors="ignore")
+    rows = known.describe().T.astype({"count": int}).rename(columns={"std": "deviation", "50%": "median"})
+    return rows.rename_axis("property").reset_index()
+
+
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of names and numbers as a table of text: names in words, four digits, whole counts."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, str):
+            return label(value).replace("_", " ")
+        if isinstance(value, int):
+            return f"{value}"
+        return f"{value:.4g}" if math.isfinite(value) else MISSING
+
+    return frame.astype(object).map(text)
 
 
 def best_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -114,7 +141,7 @@ def checked(records: Any, source: str) -> list[dict[str, Any]]:
     """The records with exactly the fields of the schema, in its order; `source` names them in errors.
 
     Raises:
-        UserError: not a list of records, a missing field, or two records for the same number.
+        UserError: not a list of records, a missing field, text for a number, or two records for the same number.
     """
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{source} is not a list of records; run the stage again")
@@ -123,6 +150,9 @@ def checked(records: Any, source: str) -> list[dict[str, Any]]:
         missing = [field for field in FIELDS if field not in record]
         if missing:
             raise UserError(f"{source} has a record without {', '.join(missing)}: {record}; run the stage again")
+        for field in ("mean", "low", "high", "n"):
+            if not isinstance(record[field], int | float | None):
+                raise UserError(f"{source} has a record whose {field} is no number: {record}; run the stage again")
         key = tuple(record[field] for field in FIELDS[:4])
         if key in seen:
             raise UserError(f"{source} has two records of {' / '.join(map(str, key))}; run the stage again")
@@ -177,15 +207,18 @@ def readable(records: Sequence[Mapping[str, Any]], widest: int = 8) -> pd.DataFr
 
 
 def cell(record: Mapping[str, Any]) -> str:
-    """'mean [low, high]', or the mean alone; as many decimals as the mean deserves. Below -100 only that."""
+    """'mean [low, high]', or the mean alone; as many decimals as the mean deserves, and nothing below WORST."""
     mean, low, high = (number(record[field]) for field in ("mean", "low", "high"))
     if mean is None:
         return MISSING
-    if mean < -100:  # an R2 or skill that low says no more than this
-        return "<-100"
+    if mean < WORST:
+        return f"<{WORST}"
     decimals = 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 1 if abs(mean) < 1000 else 0
     text = f"{mean:.{decimals}f}" if abs(mean) >= 0.001 or low is not None or mean == 0 else f"{mean:.2g}"
-    return text if low is None or high is None else f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    if low is None or high is None:
+        return text
+    bottom = f"<{WORST}" if low < WORST else f"{low:.{decimals}f}"
+    return f"{text} [{bottom}, {high:.{decimals}f}]"
 
 
 def number(value: Any) -> float | None:
@@ -211,9 +244,9 @@ def in_order(names: Iterable[str], known: Sequence[str]) -> list[str]:
     return [name for name in known if name in found] + [name for name in found if name not in known]
 
 
-def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records in tidy form, one number a line, unrounded."""
-    frame = pd.DataFrame([dict(record) for record in records], columns=list(FIELDS))
+def to_csv(records: Sequence[Mapping[str, Any]], further: Sequence[str] = ()) -> str:
+    """The records in tidy form, one number a line, unrounded; `further` fields stand behind those of the schema."""
+    frame = pd.DataFrame([dict(record) for record in records], columns=[*FIELDS, *further])
     frame["n"] = frame["n"].astype("Int64")
     return frame.to_csv(index=False, lineterminator="\n")
 
@@ -238,8 +271,7 @@ def to_latex(frame: pd.DataFrame) -> str:
     columns = list(frame.columns)
     body = "".join(
         line(
-            escape_latex(value) if is_name(column) else minus(escape_latex(value), "$-$")
-            for column, value in zip(columns, row, strict=True)
+            escape_latex(value if is_name(column) else minus(value)) for column, value in zip(columns, row, strict=True)
         )
         for row in frame.to_numpy()
     )
@@ -257,6 +289,6 @@ def escape_latex(text: str) -> str:
     return str(text).translate(LATEX)
 
 
-def minus(text: str, sign: str) -> str:
-    """A cell's text with `sign` for the hyphen of negative numbers."""
-    return re.sub(r"(?<![^\s\[])-(?=\d)", lambda _: sign, text)
+def minus(text: str) -> str:
+    """A cell's text with a minus sign for the hyphen of negative numbers."""
+    return re.sub(r"(?<![^\s\[<])-(?=\d)", MINUS, text)
