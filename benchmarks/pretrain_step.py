@@ -55,7 +55,8 @@ def setting_of(
     representation = HyperRepresentation(checkpoints.architecture, config, autoencoder, normalizer, {}).to(device)
     group = behavior.calibrate(checkpoints.architecture, device, queries, len(checkpoints), training=True)
     scales = {"contrastive": 1.0, "structural": 1.0, "behavioral": 1.0, "cycle": 1.0}
-    return Setting(representation, loss, checkpoints.architecture.build().to(device), group, scales)
+    network = checkpoints.architecture.build().to(device)
+    return Setting(representation, loss, network, losses.distance_of(loss), group, scales)
 
 
 def ours(setting: Setting, weights: dict[str, torch.Tensor], queries: torch.Tensor) -> Callable[[], None]:
@@ -91,7 +92,7 @@ def published(setting: Setting, weights: dict[str, torch.Tensor], queries: torch
         if setting.loss.beta != 1.0:
             with torch.no_grad():
                 target = run(both)
-            total = total + 0.855 * losses.behavioral(run(representation.weights(x_hat)), target, "probabilities")
+            total = total + 0.855 * losses.behavioral(run(representation.weights(x_hat)), target, losses.probabilities)
         total.backward()
         optimizer.step()
 
