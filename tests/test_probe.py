@@ -17,7 +17,7 @@ from sklearn.metrics import r2_score
 
 from weightspace.config import AutoencoderConfig, ProbeConfig
 from weightspace.downstream.baselines import MAJORITY, RAW, STATISTICS
-from weightspace.downstream.probe import logistic_probe, numeric_properties, probe
+from weightspace.downstream.probe import by_epoch, logistic_probe, numeric_properties, probe
 from weightspace.hyperrep.autoencoder import Autoencoder
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks.architectures import Architecture
@@ -280,3 +280,17 @@ def test_probing_is_deterministic(
     pd.testing.assert_frame_equal(pd.DataFrame(records), pd.DataFrame(probed[0]))
     pd.testing.assert_frame_equal(predictions, probed[1])
     pd.testing.assert_frame_equal(plane, probed[2])
+
+
+def test_by_epoch_is_r2_within_each_epoch() -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"features": "r", "property": "acc", "split": "test", "member": np.tile(np.arange(20), 2)})
+    frame["epoch"] = np.repeat([1, 5], 20)
+    frame["true"] = rng.normal(size=40) + frame["epoch"]
+    frame["predicted"] = frame["true"] + rng.normal(scale=0.5, size=40)
+    constant = frame[frame["epoch"] == 1].assign(epoch=0, true=0.1)
+    found = by_epoch(pd.concat([frame, constant, frame.assign(split="unseen", predicted=0.0)])).set_index("epoch")
+    assert list(found.index) == [1, 5]
+    for epoch, rows in frame.groupby("epoch"):
+        assert found.loc[epoch, "mean"] == pytest.approx(r2_score(rows["true"], rows["predicted"]))
+        assert found.loc[epoch, "low"] < found.loc[epoch, "mean"] < found.loc[epoch, "high"]

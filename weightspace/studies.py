@@ -23,8 +23,9 @@ from weightspace import runs
 from weightspace.config import AutoencoderConfig, Experiment, GenerateConfig, LossConfig, PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS
-from weightspace.downstream.generate import titles
-from weightspace.downstream.samplers import SAMPLERS
+from weightspace.downstream.generate import choose_anchors, titles
+from weightspace.downstream.probe import by_epoch
+from weightspace.downstream.samplers import SAMPLERS, kde
 from weightspace.experiment import (
     finetune_stage,
     generate_stage,
@@ -162,12 +163,21 @@ class Lab:
         probes = dataclasses.replace(self.base.probe, **_fields(ProbeConfig, changes))
         generation = dataclasses.replace(self.base.generate, **_fields(GenerateConfig, changes))
         records = probe_stage(folder / "probe", zoo, trained, probes)
+        write_table(
+            folder / "probe_epochs.parquet", by_epoch(pd.read_parquet(folder / "probe" / "predictions.parquet"))
+        )
         records += reconstruct_stage(folder / "reconstruct", zoo, trained, self.base.reconstruct, self.device)
         records += generate_stage(folder / "generate", zoo, trained, generation, self.base.seed, self.device)
         known = {
             title: variants.get(name) for name in trained for title in (name, *titles([name], generation.samplers))
         }
         return [placed(record, known.get(record["representation"])) for record in records]
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table atomically."""
+    with atomic(path) as partial:
+        frame.to_parquet(partial, index=False)
 
 
 def _fields(kind: type[Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,13 +399,15 @@ def spectrum(lab: Lab) -> Records:
     most = min(len(train) - 1, zoo.architecture.parameter_count)
     counts = sorted({max(round(most * share), 1) for share in (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)})
     frame = spectrum_study(train, test, task.test.images, task.test.labels, counts, generator)
-    with atomic(lab.own / "spectrum.parquet") as path:
-        frame.to_parquet(path, index=False)
-    found = {"original": test} | {name: representation.reconstruct(test) for name, representation in trained.items()}
+    write_table(lab.own / "spectrum.parquet", frame)
+    found = {"original": test}
+    for name, representation in trained.items():
+        anchors = choose_anchors(train, lab.base.generate.anchors)
+        found[f"{name}, reconstructed"] = representation.reconstruct(test)
+        found[f"{name}, generated"] = representation.generate(len(test), kde(), anchors, lab.base.seed)
     along = {name: variance_along(networks, components(train)).numpy() for name, networks in found.items()}
     curves = [pd.DataFrame({"name": k, "component": range(len(v)), "variance": v}) for k, v in along.items()]
-    with atomic(lab.own / "variance.parquet") as path:
-        pd.concat(curves, ignore_index=True).to_parquet(path, index=False)
+    write_table(lab.own / "variance.parquet", pd.concat(curves, ignore_index=True))
     records = []
     for key, rows in frame.groupby(["which", "count"], sort=False):
         which, count = str(key[0]), int(key[1])  # type: ignore[index]

@@ -187,6 +187,29 @@ def probe(
     return records, pd.concat(predictions, ignore_index=True), pd.concat(maps, ignore_index=True)
 
 
+def by_epoch(predictions: pd.DataFrame, split: str = "test") -> pd.DataFrame:
+    """R^2 of the probes among the checkpoints of each epoch of the zoo, with 95 % bootstrap intervals over members.
+
+    Args:
+        predictions: of `probe`.
+        split: whose checkpoints.
+
+    Returns:
+        A row per features, property and epoch: representation, property, epoch, mean, low, high. An epoch at which all
+        members have one value has no R^2 and no row.
+    """
+    rows = predictions[predictions["split"] == split]
+    found = []
+    for key, part in rows.groupby(["features", "property", "epoch"], sort=False):
+        true, predicted = part["true"].to_numpy(float), part["predicted"].to_numpy(float)
+        if np.ptp(true) > 0:
+            sums = np.stack([np.square(predicted - true), np.square(true - true.mean())], axis=1)
+            record = metrics.summarize(STAGE, "", split, "R2", sums, part["member"].to_numpy(), metrics.one_minus_ratio)
+            names = dict(zip(("representation", "property", "epoch"), key, strict=True))
+            found.append({**names, **{name: record[name] for name in ("mean", "low", "high")}})
+    return pd.DataFrame(found, columns=["representation", "property", "epoch", "mean", "low", "high"])
+
+
 def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
     """Every numeric column that all frames hold without gaps and that varies in the first; not member, shard or row."""
     first, *others = (frame.select_dtypes("number") for frame in frames)
