@@ -111,10 +111,18 @@ def step_losses(
         found["contrastive"] = contrast(autoencoder.project(z), autoencoder.project(z_view))
     else:
         z = autoencoder.encode(seen)  # [B, T, Z]
+    weight = {
+        "contrastive": gamma,
+        "structural": (1 - gamma) * beta,
+        "behavioral": (1 - gamma) * (1 - beta),
+        "cycle": lam,
+        "norm": config.norm_penalty,
+        "variance": config.variance_penalty,
+    }
     x_hat = autoencoder.decode(z)  # [B, T, D]
-    if beta > 0:
+    if weight["structural"] > 0:
         found["structural"] = losses.structural(x_hat, x, mask)
-    if beta < 1:
+    if weight["behavioral"] > 0:
         with torch.no_grad():
             target = behavior.logits(setting.network, weights, queries, setting.group)  # [B, Q, C]
         logits = behavior.logits(setting.network, representation.weights(x_hat), queries, setting.group)  # [B, Q, C]
@@ -126,14 +134,6 @@ def step_losses(
     if config.variance_penalty > 0:
         found["variance"] = losses.variance_penalty(z)
     found = {name: value / setting.scales.get(name, 1.0) for name, value in found.items()}
-    weight = {
-        "contrastive": gamma,
-        "structural": (1 - gamma) * beta,
-        "behavioral": (1 - gamma) * (1 - beta),
-        "cycle": lam,
-        "norm": config.norm_penalty,
-        "variance": config.variance_penalty,
-    }
     found["total"] = torch.stack([weight[name] * value for name, value in found.items()]).sum()
     return found
 
