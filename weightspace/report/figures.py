@@ -186,7 +186,7 @@ def study_panels(frame: pd.DataFrame, metrics: Sequence[str], x_label: str = "")
     baselines = in_order(frame.loc[frame["baseline"], "variant"], ())
     grays = {name: Style(GRAYS[i % len(GRAYS)], "", DASHES[i % len(DASHES)]) for i, name in enumerate(baselines)}
     names = in_order(frame["variant"], ())
-    columns = min(3 if swept else 2, len(metrics))
+    columns = min(3 if swept or len(metrics) > 4 else 2, len(metrics))
     wrapped = ["\n".join(textwrap.wrap(name, 24)) for name in names]
     lines = max(name.count("\n") + 1 for name in wrapped)
     height = 2.1 if swept else 0.6 + max(0.08 + 0.13 * lines, 0.1 + 0.1 * (1 if grouped else len(series))) * len(names)
@@ -200,7 +200,7 @@ def study_panels(frame: pd.DataFrame, metrics: Sequence[str], x_label: str = "")
         else:
             _rows(axes, rows, names, colors, 0.0 if grouped else 0.26)
             axes.set_yticks(range(len(names)), wrapped, linespacing=0.95)
-        axes.set_title("\n".join(textwrap.wrap(label(metric), 30 if swept else 44)))
+        axes.set_title("\n".join(textwrap.wrap(label(metric), 30 if swept else 60 // columns)))
     look = {**(colors if len(colors) > 1 else {}), **(grays if swept else {})}
     handles = [
         Line2D([], [], color=each.color, marker=each.marker, linestyle=each.dashes if swept else "", markersize=4)
