@@ -43,7 +43,7 @@ from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
 Records = list[dict[str, Any]]
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """What every variant is tried with where a study tunes."""
 SEEDS = 3
 """Seeds of the study of seeds."""
@@ -115,12 +115,15 @@ class Lab:
         return pretrain_stage(folder, zoo, *parts, self.base.seed, self.device, variant.start, title)
 
     def tuned(self, zoo: ModelZoo, variant: Variant, title: str) -> Variant:
-        """The variant at the learning rate of lowest validation loss among those that every variant is tried with."""
+        """The variant at its best learning rate, by agreement on split 'val', of those that every variant is tried with.
+
+        Agreement is what variants are compared by; their own losses weigh terms that say little of it.
+        """
         each = [
             dataclasses.replace(variant, pretrain=dataclasses.replace(variant.pretrain, learning_rate=rate))
             for rate in LEARNING_RATES
         ]
-        return min(each, key=lambda tried: self.represent(zoo, tried, title).info["validation"]["total"])
+        return max(each, key=lambda tried: self.represent(zoo, tried, title).info["validation"]["agreement"])
 
     def compare(self, zoo: ModelZoo, variants: Mapping[str, Variant], tuned: bool = False, **changes: Any) -> Records:
         """Train every variant on a zoo and score it; see `score`.
