@@ -7,6 +7,7 @@ fingerprint of their config, so that studies share them and an interrupted study
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -37,14 +38,14 @@ from weightspace.experiment import (
 from weightspace.hyperrep.pretrain import METRICS_FILE, pretrain, training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.study import STUDY_FILE, make_study_report
-from weightspace.runs import UserError, atomic, derive_seed, fingerprint, read_json, write_json
+from weightspace.runs import RunFailed, UserError, atomic, derive_seed, fingerprint, read_json, write_json
 from weightspace.tasks.images import load_task
 from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
 Records = list[dict[str, Any]]
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-"""What every variant is tried with where a study tunes."""
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Where a study looks for every variant's own learning rate."""
 SEEDS = 3
 """Seeds of the study of seeds."""
 STRUCTURE, BEHAVIOR = "structure", "structure+behavior"
@@ -65,6 +66,10 @@ class Variant:
     """the curve it belongs to, where there are several"""
     start: HyperRepresentation | None = None
     """the representation it goes on from"""
+
+    def at(self, learning_rate: float) -> Variant:
+        """The same at another learning rate."""
+        return dataclasses.replace(self, pretrain=dataclasses.replace(self.pretrain, learning_rate=learning_rate))
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Lab:
         """The zoo of the base experiment with some fields of its ZooConfig changed."""
         config = dataclasses.replace(self.base.zoo, **changes)
         key = fingerprint({"config": dataclasses.asdict(config), "seed": self.base.seed})
-        return zoo_stage(self.folder / "zoos" / key, config, self.base.seed, self.device)
+        return zoo_stage(self.folder / "zoos" / key, config, self.base.seed, self.device, quiet=True)
 
     def variant(self, **changes: Any) -> Variant:
         """The base representation (structure+behavior) with some fields changed.
@@ -115,15 +120,42 @@ class Lab:
         return pretrain_stage(folder, zoo, *parts, self.base.seed, self.device, variant.start, title)
 
     def tuned(self, zoo: ModelZoo, variant: Variant, title: str) -> Variant:
-        """The variant at its best learning rate, by agreement on split 'val', of those that every variant is tried with.
+        """The variant at the learning rate of LEARNING_RATES that gives the best agreement on split 'val'.
 
+        The search starts at the base's rate and climbs until both neighbors are worse: the best one is bracketed.
         Agreement is what variants are compared by; their own losses weigh terms that say little of it.
         """
-        each = [
-            dataclasses.replace(variant, pretrain=dataclasses.replace(variant.pretrain, learning_rate=rate))
-            for rate in LEARNING_RATES
-        ]
-        return max(each, key=lambda tried: self.represent(zoo, tried, title).info["validation"]["agreement"])
+        tried: dict[int, float] = {}
+
+        def agreement(i: int) -> float:
+            if i not in tried:
+                try:
+                    found = self.represent(zoo, variant.at(LEARNING_RATES[i]), title).info["validation"]["agreement"]
+                except RunFailed as error:  # it diverged
+                    runs.notice(str(error))
+                    found = -math.inf
+                tried[i] = found
+            return tried[i]
+
+        best, start = -1, int(np.abs(np.log(np.array(LEARNING_RATES) / variant.pretrain.learning_rate)).argmin())
+        while best != start:
+            best = start
+            near = [best, *(i for i in (best - 1, best + 1) if 0 <= i < len(LEARNING_RATES))]
+            start = max(near, key=agreement)
+        return variant.at(LEARNING_RATES[best])
+
+    def both(self, **changes: Any) -> dict[str, Variant]:
+        """Without and with the behavioral loss (BOTH), each at the learning rate that suits it on the base zoo.
+
+        Args:
+            changes: what else is changed; see `variant`. The learning rate is found without these changes.
+        """
+        rates = {name: self.rate(name) for name in BOTH}
+        return {name: self.variant(**loss, learning_rate=rates[name], **changes) for name, loss in BOTH.items()}
+
+    def rate(self, name: str) -> float:
+        """The learning rate that suits one of BOTH on the base zoo."""
+        return self.tuned(self.zoo(), self.variant(**BOTH[name]), name).pretrain.learning_rate
 
     def compare(self, zoo: ModelZoo, variants: Mapping[str, Variant], tuned: bool = False, **changes: Any) -> Records:
         """Train every variant on a zoo and score it; see `score`.
@@ -260,16 +292,16 @@ def distance(lab: Lab) -> Records:
 def beta(lab: Lab) -> Records:
     """How much structure beside behavior? beta from 0 (behavior alone) to 1 (structure alone)."""
     values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
-    return lab.compare(lab.zoo(), {f"beta {value:g}": lab.variant(beta=value, x=value) for value in values})
+    rates = {value: lab.rate(STRUCTURE if value == 1.0 else BEHAVIOR) for value in values}
+    variants = {f"beta {v:g}": lab.variant(beta=v, x=v, learning_rate=rates[v]) for v in values}
+    return lab.compare(lab.zoo(), variants)
 
 
 @study(*WHOLE)
 def cycle(lab: Lab) -> Records:
     """Does the cycle loss help? lambda 0 and .05, with and without behavior."""
     variants = {
-        f"{name}, lambda {value:g}": lab.variant(**loss, cycle=value)
-        for name, loss in BOTH.items()
-        for value in (0.0, 0.05)
+        f"{name}, lambda {value:g}": variant for value in (0.0, 0.05) for name, variant in lab.both(cycle=value).items()
     }
     return lab.compare(lab.zoo(), variants)
 
@@ -279,7 +311,8 @@ def queries(lab: Lab) -> Records:
     """On which inputs is behavior compared? Own images, foreign images, noise and unions."""
     foreign = others(lab.base.zoo.tasks[0])[0]
     sources = ("own", foreign, "noise", f"own+{foreign}+noise")
-    return lab.compare(lab.zoo(), {source: lab.variant(query_set=source) for source in sources})
+    rate = lab.rate(BEHAVIOR)
+    return lab.compare(lab.zoo(), {name: lab.variant(query_set=name, learning_rate=rate) for name in sources})
 
 
 @study(*WHOLE, x="queries per step")
@@ -287,7 +320,8 @@ def number(lab: Lab) -> Records:
     """How many queries per step? From a quarter to four times the usual number."""
     usual = lab.base.representations[BEHAVIOR].queries
     counts = [max(round(usual * factor), 1) for factor in (0.25, 0.5, 1, 2, 4)]
-    variants = {f"{count} queries": lab.variant(queries=count, x=float(count)) for count in counts}
+    rate = lab.rate(BEHAVIOR)
+    variants = {f"{n} queries": lab.variant(queries=n, x=float(n), learning_rate=rate) for n in counts}
     return lab.compare(lab.zoo(), variants)
 
 
@@ -296,9 +330,9 @@ def latent(lab: Lab) -> Records:
     """How small can the bottleneck be? Half, once and twice the usual latent values, with and without behavior."""
     usual = lab.base.autoencoder.latent
     variants = {
-        f"{name}, {size} per token": lab.variant(**loss, latent=size, x=float(size), group=name)
-        for name, loss in BOTH.items()
+        f"{name}, {size} per token": dataclasses.replace(variant, group=name)
         for size in (usual // 2, usual, 2 * usual)
+        for name, variant in lab.both(latent=size, x=float(size)).items()
     }
     return lab.compare(lab.zoo(), variants)
 
@@ -323,7 +357,7 @@ def lenet5(lab: Lab) -> Records:
     wide = task if load_task(task).image_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
     zoo = lab.zoo(tasks=(wide,), network="LeNet5", learning_rates=lab.base.zoo.learning_rates[:2])
     size = {"token_size": 256, "components": min(lab.base.autoencoder.components, 2)}
-    return lab.compare(zoo, {name: lab.variant(**loss, **size) for name, loss in BOTH.items()})
+    return lab.compare(zoo, {name: lab.variant(**loss, **size) for name, loss in BOTH.items()}, tuned=True)
 
 
 @study(*WHOLE)
@@ -331,7 +365,7 @@ def multitask(lab: Lab) -> Records:
     """Does one representation serve several tasks? A zoo of three tasks, each member scored on its own."""
     task = lab.base.zoo.tasks[0]
     zoo = lab.zoo(tasks=(task, *others(task)), weight_decays=lab.base.zoo.weight_decays[::2])
-    return lab.compare(zoo, {name: lab.variant(**loss) for name, loss in BOTH.items()})
+    return lab.compare(zoo, {name: lab.variant(**loss) for name, loss in BOTH.items()}, tuned=True)
 
 
 @study(*WHOLE, "steps")
@@ -339,11 +373,12 @@ def budget(lab: Lab) -> Records:
     """Is behavior worth its time? Structure alone for equally many steps and for equal time."""
     zoo, usual = lab.zoo(), lab.base.pretrain.steps
     ratio = _time_ratio(lab, zoo)
+    full, longer, half = (lab.both(steps=steps) for steps in (usual, round(usual * ratio), usual // 2))
     variants = {
-        "structure, equal steps": lab.variant(beta=1.0),
-        "structure, equal time": lab.variant(beta=1.0, steps=round(usual * ratio)),
-        "structure+behavior, half the steps": lab.variant(steps=usual // 2),
-        BEHAVIOR: lab.variant(),
+        "structure, equal steps": full[STRUCTURE],
+        "structure, equal time": longer[STRUCTURE],
+        "structure+behavior, half the steps": half[BEHAVIOR],
+        BEHAVIOR: full[BEHAVIOR],
     }
     records = lab.compare(zoo, variants)
     for name, variant in variants.items():
@@ -376,17 +411,18 @@ def transfer(lab: Lab) -> Records:
     home = lab.zoo()
     away = lab.zoo(tasks=(others(lab.base.zoo.tasks[0])[0],))
     steps = max(lab.base.pretrain.steps // 10, 2)
+    short = lab.both(steps=steps, validate_every=min(steps, lab.base.pretrain.validate_every))
     records: Records = []
-    for name, loss in BOTH.items():
-        source = lab.represent(home, lab.variant(**loss), name)
-        short = {**loss, "steps": steps, "validate_every": min(steps, lab.base.pretrain.validate_every)}
+    for name, variant in lab.both().items():
+        source = lab.represent(home, variant, name)
+        further = dataclasses.replace(short[name], start=source)
         trained = {
             f"{name}, as it is": source,
-            f"{name}, fine-tuned": lab.represent(away, lab.variant(**short, start=source), f"{name}, fine-tuned"),
-            f"{name}, from scratch, as few steps": lab.represent(away, lab.variant(**short), f"{name}, few steps"),
-            f"{name}, from scratch": lab.represent(away, lab.variant(**loss), f"{name}, away"),
+            f"{name}, fine-tuned": lab.represent(away, further, f"{name}, fine-tuned"),
+            f"{name}, from scratch, as few steps": lab.represent(away, short[name], f"{name}, few steps"),
+            f"{name}, from scratch": lab.represent(away, variant, f"{name}, away"),
         }
-        found = lab.score(away, trained, dict.fromkeys(trained, lab.variant(**loss)), where=name)
+        found = lab.score(away, trained, dict.fromkeys(trained, variant), where=name)
         records += [record for record in found if record["variant"] or name == STRUCTURE]  # the baselines once
     return records
 
@@ -395,7 +431,7 @@ def transfer(lab: Lab) -> Records:
 def spectrum(lab: Lab) -> Records:
     """Where in the spectrum of the weights does accuracy lie? Networks from the top, bottom or random components."""
     zoo = lab.zoo()
-    trained = {name: lab.represent(zoo, lab.variant(**loss), name) for name, loss in BOTH.items()}
+    trained = {name: lab.represent(zoo, variant, name) for name, variant in lab.both().items()}
     train, test = (training_checkpoints(zoo, lab.base.pretrain, split) for split in ("train", "test"))
     task = load_task(zoo.tasks[0]).to(lab.device)
     generator = torch.Generator().manual_seed(derive_seed(lab.base.seed, "spectrum"))
@@ -424,10 +460,9 @@ def spectrum(lab: Lab) -> Records:
 @study(*FIDELITY, "R2 test_acc", "mean accuracy", "diversity in behavior")
 def seeds(lab: Lab) -> Records:
     """How much is chance? Zoo and representations from several seeds: intervals over seeds, and paired tests."""
-    found = []
+    found, variants = [], lab.both()
     for seed in range(lab.base.seed, lab.base.seed + SEEDS):
         at = dataclasses.replace(lab, base=dataclasses.replace(lab.base, seed=seed))
-        variants = {name: at.variant(**loss) for name, loss in BOTH.items()}
         found.append(pd.DataFrame(at.compare(at.zoo(), variants, where=f"seed-{seed}")).assign(seed=seed))
     frame = pd.concat(found)
     records = []
@@ -459,6 +494,7 @@ def unseen(lab: Lab) -> Records:
     """What do siblings give? Equally many members from few and from many initializations, `test` against `unseen`."""
     zoo = lab.base.zoo
     members = zoo.seeds * len(zoo.learning_rates) * len(zoo.weight_decays)
+    rate = lab.rate(BEHAVIOR)
     records: Records = []
     for seeds_per_init in (zoo.seeds, zoo.seeds * len(zoo.weight_decays), members):
         rates = zoo.learning_rates if seeds_per_init < members else zoo.learning_rates[-2:-1]
@@ -467,7 +503,8 @@ def unseen(lab: Lab) -> Records:
         population = lab.zoo(seeds=seeds_per_init, unseen_seeds=held, learning_rates=rates, weight_decays=decays)
         for permute in ("contrastive", "all"):
             name = f"{seeds_per_init} seeds, permuted views: {permute}"
-            variant = lab.variant(permute=permute, x=float(seeds_per_init), group=f"permuted views: {permute}")
+            group = f"permuted views: {permute}"
+            variant = lab.variant(permute=permute, x=float(seeds_per_init), group=group, learning_rate=rate)
             found = lab.compare(population, {name: variant}, where=f"{seeds_per_init}-{permute}")
             records += [record for record in found if record["representation"] == name]
     return records
@@ -483,16 +520,14 @@ def unseen(lab: Lab) -> Records:
 )
 def samplers(lab: Lab) -> Records:
     """Which sampler? Every sampler in embedding space, beside the anchors, noise, averages and PCA."""
-    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
-    records = lab.compare(lab.zoo(), variants, samplers=tuple(SAMPLERS))
+    records = lab.compare(lab.zoo(), lab.both(), samplers=tuple(SAMPLERS))
     return [record for record in records if record["stage"] == "generate"]
 
 
 @study("accuracy backdoor", "R2 attack", "accuracy init")
 def backdoors(lab: Lab) -> Records:
     """Can backdoors be seen in the weights? Half of the members were trained with a trigger patch."""
-    zoo = lab.zoo(backdoor_share=0.5)
-    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
+    zoo, variants = lab.zoo(backdoor_share=0.5), lab.both()
     trained = {name: lab.represent(zoo, variant, name) for name, variant in variants.items()}
     config = dataclasses.replace(
         lab.base.probe,
@@ -507,7 +542,7 @@ def backdoors(lab: Lab) -> Records:
 @study("accuracy after 0 epochs", "accuracy after 1 epoch", "accuracy after 5 epochs")
 def finetuning(lab: Lab) -> Records:
     """What is a generated network worth as a start? Trained on its own task and on another one, beside scratch."""
-    variants = {name: lab.variant(**loss) for name, loss in BOTH.items()}
+    variants = lab.both()
     lab.compare(lab.zoo(), variants)
     files = {name: lab.own / "generate" / f"{name}.safetensors" for name in (*variants, ANCHORS)}
     records: Records = []
