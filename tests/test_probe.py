@@ -66,9 +66,9 @@ def make_zoo(tmp_path_factory: pytest.TempPathFactory) -> MakeZoo:
     ) -> ModelZoo:
         checkpoints = planted(count, seed, shift, classes)
         made = dataclasses.replace(checkpoints, frame=checkpoints.frame.assign(**columns))
-        writer = ZooWriter(tmp_path_factory.mktemp("planted") / "zoo", made.architecture, ["digits"], {})
+        writer = ZooWriter(tmp_path_factory.mktemp("planted") / "zoo", made.architecture, {})
         writer.write(0, made)
-        return writer.finish(1)
+        return writer.finish([0])
 
     return make
 

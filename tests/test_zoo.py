@@ -17,16 +17,25 @@ from torch import Tensor
 
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, checksum
-from weightspace.zoo.model_zoo import ModelZoo, ZooWriter, check_numeric, overview, summary, usable, verify
+from weightspace.zoo.model_zoo import (
+    PLACE_COLUMNS,
+    ModelZoo,
+    ZooWriter,
+    check_numeric,
+    overview,
+    summary,
+    usable,
+    verify,
+)
 
 SHARDS = ("weights-00000.safetensors", "weights-00001.safetensors")
 
 
-def write_zoo(folder: Path, checkpoints: Checkpoints, task: str, provenance: dict[str, object]) -> ModelZoo:
+def write_zoo(folder: Path, checkpoints: Checkpoints, provenance: dict[str, object]) -> ModelZoo:
     """Checkpoints in memory as a zoo of one shard."""
-    writer = ZooWriter(folder, checkpoints.architecture, [task], provenance)
+    writer = ZooWriter(folder, checkpoints.architecture, provenance)
     writer.write(0, checkpoints)
-    return writer.finish(1)
+    return writer.finish([0])
 
 
 def by_hand(zoo: ModelZoo, row: pd.Series) -> dict[str, Tensor]:
@@ -68,8 +77,8 @@ def test_select_reads_what_fulfils_every_condition(
     assert len(expected) > 0
     found = tiny_zoo.select(query, **conditions)
     assert len(found) == len(expected)
-    assert "shard" not in found.frame and "row" not in found.frame
-    pd.testing.assert_frame_equal(found.frame, expected.drop(columns=["shard", "row"]).reset_index(drop=True))
+    assert not set(PLACE_COLUMNS) & set(found.frame)
+    pd.testing.assert_frame_equal(found.frame, expected.drop(columns=PLACE_COLUMNS).reset_index(drop=True))
     for row in (0, len(expected) // 2, len(expected) - 1):
         for name, weight in by_hand(tiny_zoo, expected.iloc[row]).items():
             assert torch.equal(found.weights[name][row], weight)
@@ -136,7 +145,7 @@ def test_any_sequence_may_hold_the_values(tiny_zoo: ModelZoo, values: Any) -> No
 
 
 def test_write_and_read_are_inverse(population: Checkpoints, tmp_path: Path) -> None:
-    zoo = write_zoo(tmp_path / "zoo", population, "digits", {"source": "here"})
+    zoo = write_zoo(tmp_path / "zoo", population, {"source": "here"})
     found = ModelZoo.open(tmp_path / "zoo").select()
     assert torch.equal(found.flat(), population.flat())
     pd.testing.assert_frame_equal(found.frame, population.frame)
@@ -147,10 +156,10 @@ def test_write_and_read_are_inverse(population: Checkpoints, tmp_path: Path) -> 
 
 
 def test_fingerprint_follows_the_content(population: Checkpoints, tmp_path: Path) -> None:
-    zoos = [write_zoo(tmp_path / name, population, "digits", {}) for name in ("a", "b")]
+    zoos = [write_zoo(tmp_path / name, population, {}) for name in ("a", "b")]
     assert zoos[0].fingerprint == zoos[1].fingerprint
     population.weights["fc2.bias"][7, 9] += 1e-3
-    assert write_zoo(tmp_path / "c", population, "digits", {}).fingerprint != zoos[0].fingerprint
+    assert write_zoo(tmp_path / "c", population, {}).fingerprint != zoos[0].fingerprint
 
 
 # damage

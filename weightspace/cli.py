@@ -20,6 +20,7 @@ from weightspace.config import (
     Experiment,
     FinetuneConfig,
     GenerateConfig,
+    ImportConfig,
     LossConfig,
     PretrainConfig,
     ProbeConfig,
@@ -84,6 +85,60 @@ class ZooTrain:
 
 
 @dataclass(frozen=True)
+class ZooImport:
+    """Turn networks from elsewhere into a zoo (one per architecture), safely; a line per checkpoint in report.jsonl.
+
+    SOURCE is a folder, an archive of one (.zip, .tar, .tar.gz ...), or hub:owner/name (several: separated by commas, or
+    hub:FILE with a name per line; needs the extra `hub`). Its layout is found out: ray-tune (trials with params.json,
+    result.json, checkpoint_*), samples (dataset_torch.<split>), small-cnn (weights.npy), hub (config.json and
+    model.safetensors), or directory (.pt, .pth, .bin, .safetensors, with a table of properties). The base network is
+    what the source says, else the one whose shapes fit, else yours: --network package.module:factory.
+    """
+
+    source: tyro.conf.Positional[str]
+    """what to read"""
+    out: Path
+    """folder of the zoo"""
+    config: Inline[ImportConfig] = field(default_factory=ImportConfig)
+    seed: int = 0
+    """seed of the split"""
+
+    def __call__(self) -> None:
+        from weightspace.networks.architectures import register_network
+        from weightspace.zoo.importing import import_zoo
+        from weightspace.zoo.model_zoo import summary
+
+        if self.config.network and ":" in self.config.network:
+            register_network(self.config.network)
+        print("\n\n".join(map(summary, import_zoo(self.source, self.out, self.config, self.seed))))
+
+
+@dataclass(frozen=True)
+class ZooExport:
+    """Write a zoo in a layout that other code reads.
+
+    ray-tune: the field's own layout, for its existing code; directory: safetensors with a table of properties;
+    weightspace: a smaller zoo of the rows that --query chooses.
+    """
+
+    zoo: Folder
+    """folder of the zoo"""
+    out: Path
+    """output folder"""
+    layout: Literal["ray-tune", "directory", "weightspace"]
+    """layout to write"""
+    query: str | None = None
+    """which checkpoints, as for a data frame: "val_acc > 0.8 and epoch == 25" (default: all)"""
+
+    def __call__(self) -> None:
+        from weightspace.zoo.exporting import export_zoo
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        export_zoo(ModelZoo.open(self.zoo), self.out, self.layout, self.query)
+        print(f"exported: {self.out}")
+
+
+@dataclass(frozen=True)
 class ZooShow:
     """Show what a zoo holds: base network, members, properties, accuracy by epoch."""
 
@@ -98,17 +153,31 @@ class ZooShow:
 
 @dataclass(frozen=True)
 class ZooVerify:
-    """Check every file of a zoo against its checksum and shape; lists what is wrong (exit code 1)."""
+    """Check every file of a zoo against its checksum and shape; lists what is wrong (exit code 1).
+
+    With --repair, a damaged zoo is replaced by one of its intact checkpoints and kept beside it as ZOO.damaged.
+    """
 
     zoo: Folder
     """folder of the zoo"""
+    repair: bool = False
+    """keep every intact checkpoint of a damaged zoo"""
 
     def __call__(self) -> None:
         from weightspace.zoo.model_zoo import verify
 
+        if self.repair:
+            from weightspace.zoo.repair import repair
+
+            kept, lost, aside = repair(self.zoo)
+            print(f"kept: {kept:,} checkpoints; lost: {len(lost):,}; the damaged zoo is now {aside}")
+            for row in lost.to_dict("records"):
+                print(f"lost: member {row['member']}, epoch {row['epoch']}")
+            return
         problems = verify(self.zoo)
         if problems:
-            raise RunFailed(f"the zoo {self.zoo} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise RunFailed(f"the zoo {self.zoo} is damaged:\n{listed}\n--repair keeps every intact checkpoint")
         print(f"the zoo {self.zoo} is intact")
 
 
@@ -312,6 +381,8 @@ class Report:
 COMMANDS: dict[str, type[Any]] = {
     "run": Run,
     "zoo train": ZooTrain,
+    "zoo import": ZooImport,
+    "zoo export": ZooExport,
     "zoo show": ZooShow,
     "zoo verify": ZooVerify,
     "pretrain": Pretrain,

@@ -63,6 +63,39 @@ class ZooConfig:
 
 
 @dataclass(frozen=True)
+class ImportConfig:
+    """How a source is read."""
+
+    layout: str | None = None
+    """ray-tune, samples, small-cnn, hub or directory (default: detected)"""
+    network: str | None = None
+    """base network, one of the package or package.module:factory (default: as the source says, or by the shapes)"""
+    arguments: tuple[str, ...] = ()
+    """arguments of the base network, as NAME=VALUE: activation=tanh classes=10"""
+    task: str | None = None
+    """image task on which the networks were trained (docs/tasks.md; default: as the source says); needed where
+    behavior is compared"""
+    epochs: tuple[int, ...] = ()
+    """epochs to read (default: all)"""
+    strict: bool = False
+    """refuse a source with networks of several architectures, or with a checkpoint that cannot be read"""
+    keep_unusable: bool = False
+    """keep checkpoints with non-finite or huge weights"""
+    keep_duplicates: bool = False
+    """keep checkpoints whose weights were read before"""
+    score: bool = False
+    """measure loss and accuracy on the task, where the source does not tell them"""
+    val_share: float = 0.1
+    """share of the members that are split 'val', where the source has no splits"""
+    test_share: float = 0.2
+    """share of the members that are split 'test', where the source has no splits"""
+    hold_out_seeds: int = 0
+    """how many initialization seeds are held out whole, as split 'unseen' (needs a column `seed`)"""
+    max_bytes: int = 200 * 2**30
+    """bytes that an archive may take when it is unpacked"""
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """Size of the autoencoder."""
 
@@ -154,10 +187,10 @@ class PretrainConfig:
 POSITIVE = (
     "anchors", "batch_size", "epochs", "feedforward", "group", "head", "heads", "latent", "layers",
     "networks", "queries", "seeds", "steps", "temperature", "token_size", "unseen_seeds", "validate_every", "width",
-    "workers", "clip", "learning_rate",
+    "workers", "clip", "learning_rate", "max_bytes",
 )  # fmt: skip
 """Fields that have to be above zero."""
-NOT_NEGATIVE = ("components", "norm_penalty", "variance_penalty", "noise", "scaling")
+NOT_NEGATIVE = ("components", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling")
 """Fields that may be zero but not less."""
 SHARES = (
     "gamma", "beta", "val_share", "test_share", "warmup", "erase", "dropout", "backdoor_share", "backdoor_poison",

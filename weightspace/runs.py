@@ -86,13 +86,14 @@ def finite(content: Any) -> Any:
     return content
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors, atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write named tensors as safetensors, atomically; returns the file's size and checksum."""
     from safetensors.torch import save
 
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with atomic(path) as partial:
         partial.write_bytes(content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def read_json(path: Path) -> Any:
@@ -143,14 +144,9 @@ def stage(folder: Path, name: str, config: dict[str, Any], quiet: bool = False) 
         raise UserError(f"{folder} is not empty and not a weightspace {name}; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115 - held until the block ends
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}; wait for it or choose another --out") from None
+    with locked(folder):
         if record.exists() and _check_claim(folder, record, claim):  # again, now that nobody else can write
             if not quiet:
                 notice(f"{folder}: already done")
@@ -167,6 +163,25 @@ def stage(folder: Path, name: str, config: dict[str, Any], quiet: bool = False) 
                 shutil.rmtree(folder)
             raise
         write_json(record, {**claim, "finished": True})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs.
+
+    Raises:
+        UserError: another process is at work in it, or it cannot be written.
+    """
+    try:
+        lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}; wait for it or choose another --out") from None
+        yield
 
 
 def _litter(path: Path) -> bool:

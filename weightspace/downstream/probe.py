@@ -138,7 +138,9 @@ def probe(
         check_numeric(some.frame, [name for name in config.properties if name != "all"])
         if missing := [column for column in config.categories if column not in some.frame]:
             raise UserError(f"no category {', '.join(missing)}; {some.folder} has {', '.join(some.frame.columns)}")
-    checkpoints = {split: _chosen(zoo, config, split) for split in SPLITS}
+    fitted = ("train", "val")
+    own = (*fitted, *zoo.splits([split for split in SPLITS if split not in fitted]))
+    checkpoints = {split: _chosen(zoo, config, split) for split in own}
     checkpoints |= {name: _chosen(other, config, None) for name, other in others.items()}
     frames = [part.frame for part in checkpoints.values()]
     properties = numeric_properties(frames) if "all" in config.properties else config.properties
@@ -160,7 +162,7 @@ def probe(
         advance(1)
         features[RAW] = _reduced({split: part.flat().numpy() for split, part in checkpoints.items()}, config)
         advance(1)
-        scored = ("test", "unseen", *others)
+        scored = [split for split in checkpoints if split not in fitted]
         records, predictions = [], []
         for name, values in features.items():
             for prop in properties:
@@ -285,7 +287,7 @@ def _map(features: dict[str, Array], checkpoints: dict[str, Checkpoints]) -> pd.
     scaler = StandardScaler().fit(features["train"])
     plane = PCA(2, svd_solver="full").fit(scaler.transform(features["train"]))
     frames = []
-    for split in SPLITS:
+    for split in [split for split in SPLITS if split in checkpoints]:
         x, y = plane.transform(scaler.transform(features[split])).T
         frame = checkpoints[split].frame
         kept = frame[["split", "member", "epoch"]].assign(x=x, y=y)

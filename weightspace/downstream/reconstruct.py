@@ -143,12 +143,13 @@ def reconstruct(
 
     Every further representation is also compared with the first one, checkpoint by checkpoint.
 
-    The checkpoints are those of the epochs that the (first) representation was trained on.
+    The checkpoints are those of the epochs that the (first) representation was trained on. Splits that the zoo lacks
+    are left out.
 
     Returns:
         The records, and a row per checkpoint, representation and split.
     """
-    first = next(iter(representations.values()))
+    first, splits = next(iter(representations.values())), zoo.splits(splits)
     pca = fit_pca(training_checkpoints(zoo, first.pretrain_config, "train").flat(), first.latent_size)
     methods: dict[str, Callable[[Checkpoints], Checkpoints]]
     methods = {name: representation.reconstruct for name, representation in representations.items()}

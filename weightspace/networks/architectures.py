@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,37 @@ class LeNet5(nn.Module):
         return chain(self, "conv1", "conv2", "fc1", "fc2", "fc3")
 
 
+class SmallCNN(nn.Module):
+    """The network of the Small CNN Zoo (arXiv 2002.11448): 3 conv k3, stride 2, averaged; 4,970 parameters, gray."""
+
+    def __init__(
+        self,
+        channels: int = 1,
+        hidden: int = 16,
+        classes: int = 10,
+        size: int = 28,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 3, stride=2)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=2)
+        self.conv3 = nn.Conv2d(hidden, hidden, 3, stride=2)
+        self.fc = nn.Linear(hidden, classes)
+        self.activation = activation_named(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.image_shape = (channels, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.activation(self.conv1(x)))  # [B, hidden, 13, 13]
+        x = self.dropout(self.activation(self.conv2(x)))  # [B, hidden, 6, 6]
+        x = self.dropout(self.activation(self.conv3(x)))  # [B, hidden, 2, 2]
+        return self.fc(x.mean((2, 3)))  # [B, classes]
+
+    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
+        return chain(self, "conv1", "conv2", "conv3", "fc")
+
+
 class MLP(nn.Module):
     """Two hidden layers on flattened images."""
 
@@ -193,7 +226,59 @@ class MLP(nn.Module):
         return chain(self, "fc1", "fc2", "fc3")
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"CNN": CNN, "CNN3": CNN3, "CNN8": CNN8, "LeNet5": LeNet5, "MLP": MLP}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "CNN": CNN,
+    "CNN3": CNN3,
+    "CNN8": CNN8,
+    "LeNet5": LeNet5,
+    "MLP": MLP,
+    "SmallCNN": SmallCNN,
+}
+"""The base networks by name; `register_network` adds others."""
+
+TRUSTED = "WEIGHTSPACE_NETWORKS"
+"""Environment variable: factories, package.module:factory separated by commas, that may be imported."""
+
+
+def register_network(name: str) -> None:
+    """Allow a base network of another package: from now on, in this process and its workers, its name can be used.
+
+    The factory gives an `nn.Module`; the module says in `image_shape` (channels, height, width) what it takes, and may
+    declare `permutation_groups()`. A zoo only names its base network: code is imported where the user names it too,
+    here, with `zoo import --network`, or in the environment variable WEIGHTSPACE_NETWORKS.
+
+    Args:
+        name: "package.module:factory".
+
+    Raises:
+        UserError: there is no such factory.
+    """
+    if name in NETWORKS:
+        return
+    module, _, factory = name.partition(":")
+    try:
+        made = getattr(import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no base network {name!r} ({error}); write it as package.module:factory") from None
+    if not callable(made):
+        raise UserError(f"{name} is no factory of networks but a {type(made).__name__}")
+    NETWORKS[name] = cast(Callable[..., nn.Module], made)
+    trusted = os.environ.get(TRUSTED, "")
+    if name not in trusted.split(","):
+        os.environ[TRUSTED] = f"{trusted},{name}".strip(",")
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    if name not in NETWORKS and name in os.environ.get(TRUSTED, "").split(","):
+        register_network(name)
+    if name not in NETWORKS and ":" in name:
+        raise UserError(
+            f"the base network {name!r} is code of another package; if you trust it, allow it with the environment "
+            f"variable {TRUSTED}={name} or with weightspace.register_network({name!r})"
+        )
+    if name not in NETWORKS:
+        raise UserError(f"unknown base network {name!r}; the base networks are {', '.join(sorted(NETWORKS))}")
+    return NETWORKS[name]
 
 
 @dataclass(frozen=True)
@@ -210,21 +295,28 @@ class Architecture:
         """A fresh network in evaluation mode.
 
         Raises:
-            UserError: unknown name or argument.
+            UserError: unknown name or argument, a factory that is not allowed or does not give a module.
         """
-        if self.name not in NETWORKS:
-            raise UserError(f"unknown base network {self.name!r}; the base networks are {', '.join(sorted(NETWORKS))}")
-        known = list(inspect.signature(NETWORKS[self.name]).parameters)
-        for argument in self.arguments:
-            if argument not in known:
-                raise UserError(f"{self.name} takes no argument {argument!r}; it takes {', '.join(known)}")
-        return NETWORKS[self.name](**self.arguments).eval()
+        factory = _factory(self.name)
+        parameters = inspect.signature(factory).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for argument in self.arguments:
+                if argument not in parameters:
+                    raise UserError(f"{self.name} takes no argument {argument!r}; it takes {', '.join(parameters)}")
+        try:
+            network = factory(**self.arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self} cannot be built: {error}") from None
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{self.name} gives a {type(network).__name__}, not an nn.Module")
+        return network.eval()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by name, in the order of the state_dict."""
+        """Shape of every parameter and buffer of real numbers by name, in the order of the state_dict."""
         with torch.device("meta"):
-            return {name: tuple(value.shape) for name, value in self.build().state_dict().items()}
+            state = self.build().state_dict()
+        return {name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()}
 
     @property
     def parameter_count(self) -> int:

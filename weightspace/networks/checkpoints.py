@@ -61,7 +61,9 @@ class Checkpoints:
     def network(self, row: int) -> nn.Module:
         """Checkpoint `row` as an ordinary module in evaluation mode, independent of this record."""
         network = self.architecture.build()
-        network.load_state_dict({name: weight[row].detach().cpu() for name, weight in self.weights.items()})
+        state = {name: weight[row].detach().cpu() for name, weight in self.weights.items()}
+        counters = {name: value for name, value in network.state_dict().items() if not value.is_floating_point()}
+        network.load_state_dict(counters | state)
         return network
 
     def flat(self) -> Tensor:

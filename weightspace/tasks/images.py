@@ -156,6 +156,10 @@ SOURCES = {
 """Tasks that are downloaded, or read from a folder."""
 
 
+UNKNOWN_TASK = "unknown"
+"""The task of an imported network where nobody names it."""
+
+
 @cache
 def load_task(name: str) -> ImageTask:
     """Load a task by name; once per process (docs/tasks.md).
@@ -195,9 +199,11 @@ def load_task(name: str) -> ImageTask:
     elif kind == "folder" and folder:
         pixels = _own(Path(folder).expanduser(), shape)
     else:
+        hint = "this zoo was imported without --task, so nothing can be run; " if name == UNKNOWN_TASK else ""
+        known = ", ".join([*OFFLINE, *SOURCES])
         raise UserError(
-            f"unknown task {name!r}; the tasks are {', '.join([*OFFLINE, *SOURCES])}; from files, NAME:FOLDER for one "
-            "of the latter or folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8"
+            f"{hint}unknown task {name!r}; the tasks are {known}; from files, NAME:FOLDER for one of the latter or "
+            "folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8"
         )
     images = pixels.splits["train"][0]
     mean, std = IMAGENET if pixels.imagenet and images.shape[1] == 3 else _moments(images)

@@ -2,30 +2,51 @@
 
 A zoo is a folder: zoo.json (schema version, architecture, task, provenance, size and checksum of every file),
 checkpoints.parquet (a row per checkpoint) and weights-00000.safetensors ... (each parameter stacked over the shard's
-checkpoints). Nothing in it is executable.
+checkpoints). Nothing in it is executable. docs/format.md describes it for others.
+
+torch is imported where weights are read, so that a zoo of any size is shown at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from weightspace.networks.architectures import Architecture
-from weightspace.networks.checkpoints import Checkpoints
-from weightspace.runs import UserError, atomic, checksum, environment, fingerprint, read_json, write_json, write_tensors
+from weightspace.runs import (
+    UserError,
+    atomic,
+    checksum,
+    environment,
+    fingerprint,
+    notice,
+    read_json,
+    write_json,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weightspace.networks.architectures import Architecture
+    from weightspace.networks.checkpoints import Checkpoints
 
 SCHEMA_VERSION = 1
 ZOO_FILE = "zoo.json"
 TABLE_FILE = "checkpoints.parquet"
-REQUIRED_COLUMNS = ("member", "epoch", "split", "task", "shard", "row")
+REQUIRED_COLUMNS = ("member", "epoch", "split", "task", "shard", "row", "digest")
+PLACE_COLUMNS = ["shard", "row", "digest"]
+"""Where the weights of a row are, and what they are; no property of a network."""
+LARGEST_WEIGHT = 10_000
+"""A checkpoint with a greater weight is left out (filter of the field)."""
 
 
 class ModelZoo:
@@ -36,7 +57,6 @@ class ModelZoo:
         self.description = description
         self.frame = frame
         """A row per checkpoint: member, epoch, split, task, shard, row and the properties."""
-        self.architecture = Architecture(**description["architecture"])
         self.tasks: tuple[str, ...] = tuple(description["tasks"])
         """Names of the tasks that its members were trained on."""
 
@@ -68,13 +88,43 @@ class ModelZoo:
     def __len__(self) -> int:
         return len(self.frame)
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The base network."""
+        from weightspace.networks.architectures import Architecture
+
+        return Architecture(**self.description["architecture"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name, as the zoo says it; reading checks the base network against it."""
+        return {name: tuple(shape) for name, shape in self.description["parameters"].items()}
+
     @property
     def fingerprint(self) -> str:
         """Digest of the content: two zoos with equal checkpoints have equal fingerprints."""
         return self.description["fingerprint"]
 
+    def splits(self, wanted: Sequence[str]) -> tuple[str, ...]:
+        """Those of some splits that the zoo has; says which it lacks (imported zoos often have no 'unseen').
+
+        Raises:
+            UserError: it has none of them.
+        """
+        there = set(self.frame["split"])
+        found, absent = (tuple(s for s in wanted if (s in there) is present) for present in (True, False))
+        if not found:
+            raise UserError(f"{self.folder} has no split {', '.join(wanted)}, but {', '.join(sorted(there))}")
+        if absent:
+            notice(f"{self.folder} has no split {', '.join(absent)}: left out")
+        return found
+
     def select(self, query: str | None = None, **conditions: Any) -> Checkpoints:
-        """Read the checkpoints that fulfil every condition.
+        """Read the checkpoints that fulfil every condition; see `rows`."""
+        return self.read(self.rows(query, **conditions))
+
+    def rows(self, query: str | None = None, **conditions: Any) -> pd.DataFrame:
+        """The rows of `frame` that fulfil every condition; nothing is read.
 
         Args:
             query: a pandas query, such as "val_acc > 0.8 and epoch == 25".
@@ -110,11 +160,24 @@ class ModelZoo:
             asked += [f"{name}={value!r}" for name, value in conditions.items()]
             splits = ", ".join(f"{name} {count}" for name, count in self.frame["split"].value_counts().items())
             raise UserError(f"no checkpoint of {self.folder} fulfils {' and '.join(asked)}; its splits: {splits}")
-        return self.read(frame)
+        return frame
 
     def read(self, frame: pd.DataFrame) -> Checkpoints:
-        """Read the checkpoints of the given rows of `frame`, in their order."""
+        """Read the checkpoints of the given rows of `frame`, in their order.
+
+        Raises:
+            UserError: the base network is not what the zoo was written with, or a shard is damaged.
+        """
+        import torch
+
+        from weightspace.networks.checkpoints import Checkpoints
+
         shapes = self.architecture.shapes
+        if shapes != self.shapes:
+            raise UserError(
+                f"the zoo {self.folder} holds {self.shapes}, but {self.architecture} has {shapes}; "
+                "give the base network as it was"
+            )
         weights = {name: torch.empty(len(frame), *shape) for name, shape in shapes.items()}
         order = frame.reset_index(drop=True)
         for shard, rows in order.groupby("shard", sort=True):
@@ -123,7 +186,7 @@ class ModelZoo:
             stacked = open_shard(self.folder / shard_name(int(str(shard))), shapes)
             for name, weight in stacked.items():
                 weights[name][target] = weight[source]
-        return Checkpoints(self.architecture, weights, order.drop(columns=["shard", "row"]))
+        return Checkpoints(self.architecture, weights, order.drop(columns=PLACE_COLUMNS))
 
 
 def shard_name(shard: int) -> str:
@@ -159,7 +222,7 @@ def _problems_of_description(folder: Path, description: Any) -> Iterator[str]:
     if version != SCHEMA_VERSION:
         yield f"{ZOO_FILE} has schema version {version!r}, this weightspace reads version {SCHEMA_VERSION}"
         return
-    missing = [key for key in ("architecture", "tasks", "files", "fingerprint") if key not in description]
+    missing = [key for key in ("architecture", "parameters", "tasks", "files", "fingerprint") if key not in description]
     if missing:
         yield f"{ZOO_FILE} lacks {', '.join(missing)}"
         return
@@ -175,6 +238,11 @@ def _problems_of_description(folder: Path, description: Any) -> Iterator[str]:
     architecture = description["architecture"]
     if not isinstance(architecture, dict) or architecture.keys() != {"name", "arguments"}:
         yield f"{ZOO_FILE} has a malformed architecture, expected name and arguments, given {architecture!r}"
+        return
+    parameters = description["parameters"]
+    shapes = list(parameters.values()) if isinstance(parameters, dict) else [None]
+    if not all(isinstance(shape, list) and all(isinstance(size, int) for size in shape) for shape in shapes):
+        yield f"{ZOO_FILE} has malformed parameters, expected the shape of each by name"
         return
     for name, file in files.items():
         path = folder / name
@@ -208,7 +276,7 @@ def verify(folder: str | Path) -> list[str]:
     if problems:
         return problems
     frame = pd.read_parquet(folder / TABLE_FILE)
-    shapes = Architecture(**description["architecture"]).shapes
+    shapes = {name: tuple(shape) for name, shape in description["parameters"].items()}
     for shard, rows in frame.groupby("shard"):
         stacked = open_shard(folder / shard_name(int(str(shard))), shapes)
         sizes = {len(weight) for weight in stacked.values()}
@@ -217,15 +285,22 @@ def verify(folder: str | Path) -> list[str]:
     return problems
 
 
+def described(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, as zoo.json lists them."""
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+def digest(values: np.ndarray) -> str:
+    """Digest of the weights of one checkpoint [P]: SHA-256 of its float32 values, parameters in order; 32 digits."""
+    return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()[:32]
+
+
 class ZooWriter:
     """Fills a zoo folder shard by shard; a shard that was written is kept when the writer is interrupted."""
 
-    def __init__(
-        self, folder: Path, architecture: Architecture, tasks: Sequence[str], provenance: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, provenance: dict[str, Any]) -> None:
         self.folder = folder
         self.architecture = architecture
-        self.tasks = tasks
         self.provenance = provenance
 
     def has(self, shard: int) -> bool:
@@ -234,26 +309,39 @@ class ZooWriter:
 
     def write(self, shard: int, checkpoints: Checkpoints) -> None:
         """Write one shard: weights first, then its rows."""
-        write_tensors(self.folder / shard_name(shard), checkpoints.weights)
-        frame = checkpoints.frame.assign(shard=shard, row=np.arange(len(checkpoints)))
+        file = write_tensors(self.folder / shard_name(shard), checkpoints.weights)
+        frame = checkpoints.frame.assign(
+            shard=shard, row=np.arange(len(checkpoints)), digest=list(map(digest, checkpoints.flat().cpu().numpy()))
+        )
+        frame.attrs = {"file": file}
         with atomic(self._part(shard)) as path:
             frame.to_parquet(path, index=False)
 
-    def finish(self, shards: int) -> ModelZoo:
-        """Join the rows of all shards, describe the zoo, and open it."""
-        parts = [self._part(shard) for shard in range(shards)]
-        frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    def finish(
+        self, shards: Sequence[int], amend: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
+    ) -> ModelZoo:
+        """Join the rows of all shards, describe the zoo, and open it.
+
+        Args:
+            shards: the shards that were written.
+            amend: what is still to be done to the joined rows.
+        """
+        parts = [self._part(shard) for shard in shards]
+        if (self.folder / ZOO_FILE).exists():  # killed after the last write
+            for part in parts:
+                part.unlink(missing_ok=True)
+            return ModelZoo.open(self.folder)
+        each = [pd.read_parquet(part) for part in parts]
+        frame = amend(pd.concat(each, ignore_index=True))
         with atomic(self.folder / TABLE_FILE) as path:
             frame.to_parquet(path, index=False)
-        names = [TABLE_FILE] + [shard_name(shard) for shard in range(shards)]
-        files = {
-            name: {"bytes": (self.folder / name).stat().st_size, "sha256": checksum(self.folder / name)}
-            for name in names
-        }
+        files = {TABLE_FILE: described(self.folder / TABLE_FILE)}
+        files |= {shard_name(shard): rows.attrs["file"] for shard, rows in zip(shards, each, strict=True)}
         description = {
             "schema_version": SCHEMA_VERSION,
             "architecture": self.architecture.to_json(),
-            "tasks": list(self.tasks),
+            "parameters": {name: list(shape) for name, shape in self.architecture.shapes.items()},
+            "tasks": frame["task"].unique().tolist(),
             "provenance": {**self.provenance, "environment": environment()},
             "files": files,
             "fingerprint": fingerprint({name: file["sha256"] for name, file in files.items()}),
@@ -275,12 +363,12 @@ def overview(zoo: ModelZoo) -> pd.DataFrame:
 
 def summary(zoo: ModelZoo) -> str:
     """What `weightspace zoo show` prints."""
-    frame = zoo.frame
+    frame, network = zoo.frame, zoo.description["architecture"]
+    count = sum(math.prod(shape) for shape in zoo.shapes.values())
     splits = ", ".join(f"{name} {rows['member'].nunique()}" for name, rows in frame.groupby("split"))
     lines = [
         f"zoo           {zoo.folder}",
-        f"base network  {zoo.architecture.name} {json.dumps(zoo.architecture.arguments)}, "
-        f"{zoo.architecture.parameter_count:,} parameters",
+        f"base network  {network['name']} {json.dumps(network['arguments'])}, {count:,} parameters",
         f"task          {', '.join(zoo.tasks)}",
         f"members       {frame['member'].nunique():,} ({splits})",
         f"checkpoints   {len(zoo):,}",
@@ -296,7 +384,7 @@ def summary(zoo: ModelZoo) -> str:
     return "\n".join(lines)
 
 
-def usable(checkpoints: Checkpoints, limit: float = 10_000) -> np.ndarray:
+def usable(checkpoints: Checkpoints, limit: float = LARGEST_WEIGHT) -> np.ndarray:
     """Which checkpoints have only finite weights below `limit` in magnitude (REFERENCE filter of the field) [n]."""
     flat = checkpoints.flat()
     return (flat.isfinite().all(1) & (flat.abs() <= limit).all(1)).numpy()

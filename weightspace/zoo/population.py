@@ -370,9 +370,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
     late = [epoch for epoch in config.save_epochs if not 0 <= epoch <= config.epochs]
     if late:
         raise UserError(f"zoo.save_epochs has {late}, outside 0 to zoo.epochs={config.epochs}")
-    if (folder / ZOO_FILE).exists():  # killed after the last write
-        return ModelZoo.open(folder)
-    writer = ZooWriter(folder, architecture, config.tasks, {"config": dataclasses.asdict(config), "seed": seed})
+    writer = ZooWriter(folder, architecture, {"config": dataclasses.asdict(config), "seed": seed})
     if (folder / STRATEGY_FILE).exists():
         strategy = Strategy(**read_json(folder / STRATEGY_FILE))
     else:
@@ -384,6 +382,8 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
         for rows in np.array_split(np.arange(len(own)), shards_of(len(own), strategy))
     ]
     todo = [unit for unit in range(len(units)) if not writer.has(unit)]
+    if (folder / ZOO_FILE).exists():  # killed after the last write
+        return writer.finish(range(len(units)))
     finished = len(members) - sum(len(units[unit]) for unit in todo)
     with progress("zoo: training members", len(members), finished) as advance:
         if strategy.workers == 1 or not todo:
@@ -398,7 +398,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
             for unit, part in _in_workers(strategy.workers, jobs):
                 writer.write(unit, part)
                 advance(len(units[unit]))
-    zoo = writer.finish(len(units))
+    zoo = writer.finish(range(len(units)))
     diverged = zoo.frame.loc[~np.isfinite(zoo.frame["train_loss"]), "member"].unique()
     if len(diverged):
         notice(f"{len(diverged)} members diverged (their loss is not finite): {', '.join(map(str, diverged[:10]))}")

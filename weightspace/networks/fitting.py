@@ -1,0 +1,175 @@
+"""Which base network do the tensors of a foreign state_dict belong to, and which tensor is which parameter?"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightspace.networks.architectures import NETWORKS, Architecture
+from weightspace.runs import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "net.")
+"""What wrappers put before every name of a state_dict."""
+WRAPPERS = ("model_state_dict", "state_dict", "model", "weights")
+"""Keys under which training scripts keep the state_dict, beside the optimizer's."""
+SHIPPED = tuple(NETWORKS)
+"""The base networks of this package, which are recognized by their shapes."""
+LARGEST_INPUT = 4096
+"""Greatest side of an image that is tried when the arguments of an MLP are sought."""
+
+
+class Misfit(Exception):
+    """Tensors that do not belong to a base network; the message says which, and by how much."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A base network and where its parameters are found."""
+
+    architecture: Architecture
+    names: dict[str, str]
+    """parameter -> name of its tensor in the state_dict"""
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key by which module_list.10 comes after module_list.9.
+
+    >>> sorted(["b.10", "b.9", "a"], key=natural)
+    ['a', 'b.9', 'b.10']
+    """
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def bare(names: Sequence[str]) -> dict[str, str]:
+    """Every name without the prefixes that all of them share -> the name as it was."""
+    found = {name: name for name in names}
+    while prefix := next((p for p in PREFIXES if found and all(name.startswith(p) for name in found)), None):
+        found = {name.removeprefix(prefix): whole for name, whole in found.items()}
+    return found
+
+
+def match(shapes: Shapes, architecture: Architecture) -> Fit:
+    """Find every parameter of a base network in a state_dict.
+
+    By name, without the prefixes of wrappers; else by position: layers in natural order of their names, with equal
+    shapes all along; else by shape, where every shape is there once.
+
+    Raises:
+        Misfit: no such assignment; the message names every tensor that is missing, of another shape or left over.
+    """
+    wanted, found = architecture.shapes, bare(list(shapes))
+    if set(wanted) <= set(found):
+        renamed = {name: found[name] for name in wanted}
+        extra = sorted(set(found) - set(wanted))
+        wrong = [
+            f"{name} is {_size(shapes[whole])}, needed {_size(wanted[name])}"
+            for name, whole in renamed.items()
+            if tuple(shapes[whole]) != wanted[name]
+        ]
+        wrong += [f"{name} {_size(shapes[found[name]])} belongs to no parameter" for name in extra]
+        if wrong:
+            raise Misfit(f"not a {architecture}: " + "; ".join(wrong))
+        return Fit(architecture, renamed)
+    for order in (list(shapes), sorted(shapes, key=natural)):
+        if [tuple(shapes[name]) for name in order] == list(wanted.values()):
+            return Fit(architecture, dict(zip(wanted, order, strict=True)))
+    by_shape = {tuple(shape): name for name, shape in shapes.items()}
+    if len(by_shape) == len(shapes) == len(wanted) and set(by_shape) == set(wanted.values()):
+        return Fit(architecture, {name: by_shape[shape] for name, shape in wanted.items()})
+    raise Misfit(f"not a {architecture}: {_difference(shapes, wanted)}")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _difference(shapes: Shapes, wanted: Shapes) -> str:
+    """Tensor by tensor in natural order, which differ; and the sums."""
+    lines = []
+    order = sorted(shapes, key=natural)
+    for name, parameter in zip(order, wanted, strict=False):
+        if tuple(shapes[name]) != wanted[parameter]:
+            lines.append(f"{name} is {_size(shapes[name])} where {parameter} is {_size(wanted[parameter])}")
+    lines += [f"{name} {_size(shapes[name])} is left over" for name in order[len(wanted) :]]
+    lines += [f"{name} {_size(wanted[name])} is missing" for name in list(wanted)[len(order) :]]
+    there, needed = (sum(math.prod(shape) for shape in each.values()) for each in (shapes, wanted))
+    more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
+    return f"{'; '.join(lines[:6])}{more} ({there:,} values, needed {needed:,})"
+
+
+def recognize(shapes: Shapes, arguments: Mapping[str, Any] | None = None) -> Fit:
+    """The base network of the package that these tensors belong to; its arguments are read off the shapes.
+
+    Args:
+        shapes: {name: shape} of a state_dict, in its order.
+        arguments: what cannot be read off (activation), passed on.
+
+    Raises:
+        Misfit: none of them fits, or several do.
+    """
+    fits = []
+    for name in SHIPPED:
+        for candidate in sized(name, shapes):
+            try:
+                fits.append(match(shapes, Architecture(name, {**candidate, **(arguments or {})})))
+            except (Misfit, UserError):
+                continue
+    if len(fits) > 1:
+        names = ", ".join(str(fit.architecture) for fit in fits)
+        raise Misfit(f"fits several base networks ({names}); name one with --network")
+    if not fits:
+        listed = ", ".join(f"{name} {_size(shapes[name])}" for name in sorted(shapes, key=natural)[:8])
+        raise Misfit(
+            f"fits none of the base networks {', '.join(sorted(SHIPPED))}: {listed}"
+            f"{' ...' if len(shapes) > 8 else ''}; name one with --network, or yours as package.module:factory"
+        )
+    return fits[0]
+
+
+def sized(name: str, shapes: Shapes) -> list[dict[str, Any]]:
+    """Arguments (channels, classes, size, hidden) with which a shipped base network may have these shapes."""
+    found: list[dict[str, Any]] = []
+    for order in (list(shapes), sorted(shapes, key=natural)):
+        matrices = [tuple(shapes[key]) for key in order if len(shapes[key]) > 1]
+        vectors = [shapes[key][0] for key in order if len(shapes[key]) == 1]
+        if not matrices or not vectors:
+            return []
+        first, classes = matrices[0], vectors[-1]
+        if name != "MLP" and len(first) == 4:
+            hidden = {"hidden": first[0]} if name == "SmallCNN" else {}
+            found.append({"channels": first[1], "classes": classes, **hidden})
+        for channels in (1, 3) if name == "MLP" and len(first) == 2 else ():
+            size = math.isqrt(first[1] // channels)
+            if channels * size * size == first[1] and size <= LARGEST_INPUT:
+                found.append({"channels": channels, "size": size, "hidden": first[0], "classes": classes})
+    return [candidate for i, candidate in enumerate(found) if candidate not in found[:i]]
+
+
+def fit(shapes: Shapes, name: str | None, arguments: Mapping[str, Any]) -> Fit:
+    """The base network that is said (shapes are trusted more than arguments), or the one that is recognized.
+
+    Args:
+        shapes: {name: shape} of a state_dict.
+        name: what the source or the user says; None where nothing is said.
+        arguments: its arguments, as far as they are said; channels and classes of shipped networks follow the shapes.
+
+    Raises:
+        Misfit: the tensors do not belong to it.
+        UserError: no such base network or argument.
+    """
+    if name is None:
+        return recognize(shapes, arguments)
+    sizes = sized(name, shapes) if name in SHIPPED else []
+    problem: Misfit | None = None
+    for size in sizes or [{}]:
+        try:
+            return match(shapes, Architecture(name, {**arguments, **size}))
+        except Misfit as misfit:
+            problem = problem or misfit
+    assert problem is not None
+    raise problem

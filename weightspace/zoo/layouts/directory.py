@@ -1,0 +1,138 @@
+"""A directory of state_dicts (.pt, .pth, .bin, .safetensors), with a table of their properties where there is one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.networks.fitting import natural
+from weightspace.runs import write_tensors
+from weightspace.zoo.layouts.found import Found, activation_of, column, scalar, split_of
+from weightspace.zoo.untrusted import Unreadable, read_state, read_table
+
+ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
+TABLES = (".csv", ".csv.gz", ".jsonl", ".ndjson", ".parquet")
+TABLE_FILE = "properties.parquet"
+"""The table that `zoo export` writes."""
+FILE_COLUMNS = ("file", "filename", "file_name", "path", "checkpoint", "name")
+"""What the column that names the file may be called."""
+EPOCH = re.compile(r"[._-]*(?:epochs?|ep|checkpoint|ckpt|step)[._=-]*(\d+)$", re.IGNORECASE)
+"""What the end of a file's name says of its epoch: net3_epoch_12, ckpt-12."""
+
+
+def files_of(root: Path) -> list[Path]:
+    """The files of weights below a folder, in natural order; links are left out."""
+    found = [
+        path
+        for path in root.rglob("*")
+        if path.suffix in ENDINGS
+        and path.is_file()
+        and not path.is_symlink()
+        and path.resolve().is_relative_to(root.resolve())
+    ]
+    return sorted(found, key=lambda path: natural(str(path.relative_to(root))))
+
+
+def detects(root: Path) -> bool:
+    """Whether there is a file of weights below a folder."""
+    return bool(files_of(root))
+
+
+def read(root: Path) -> Iterator[Found]:
+    """Every file of weights, with its row of the table.
+
+    Member and epoch are columns of the table, or read off the file's name: net3_epoch_12.pt, net3/checkpoint-12.pt.
+
+    Raises:
+        Unreadable: several tables, or one without a column that names the files.
+    """
+    known, listed = _properties(root)
+    for path in files_of(root):
+        name = str(path.relative_to(root))
+        said = known.get(name, known.get(path.name, known.get(path.stem, {})))
+        member, epoch = _of_name(path.relative_to(root))
+        if isinstance(said.get("epoch"), int | float) and math.isfinite(said["epoch"]):
+            epoch = int(said["epoch"])
+        own = ("member", "epoch", "split", "network", "arguments")
+        yield Found(
+            member=str(said.get("member", member)),
+            epoch=epoch,
+            path=name,
+            load=lambda path=path: read_state(path),
+            properties={key: value for key, value in said.items() if key not in own},
+            network=said["network"] if isinstance(said.get("network"), str) else None,
+            arguments=activation_of(said.get("activation")) | _arguments(said.get("arguments")),
+            split=split_of(said.get("split")),
+            notes=(f"{listed} has no row for it",) if listed and not said else (),
+        )
+
+
+def _arguments(text: Any) -> dict[str, Any]:
+    """The arguments of the base network, as `write` writes them."""
+    try:
+        content = json.loads(text) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _of_name(path: Path) -> tuple[str, int | None]:
+    """Member and epoch by a file's name."""
+    whole = str(path.with_suffix(""))
+    said = EPOCH.search(whole)
+    if said is None:
+        return whole, None
+    return whole[: said.start()].rstrip("/") or path.stem, int(said.group(1))
+
+
+def _properties(root: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """What the table says of each file {name: properties}, and the table's name ("" without one)."""
+    tables = sorted(path for path in root.iterdir() if path.is_file() and path.name.endswith(TABLES))
+    if not tables:
+        return {}, ""
+    if len(tables) > 1:
+        raise Unreadable(
+            f"several tables ({', '.join(path.name for path in tables)}); keep one of them beside the weights"
+        )
+    table = read_table(tables[0])
+    table.columns = [str(name) for name in table.columns]
+    key = next((name for name in FILE_COLUMNS if name in table), None)
+    if key is None:
+        raise Unreadable(f"{tables[0].name} has no column that names the files; call it {FILE_COLUMNS[0]!r}")
+    found: dict[str, dict[str, Any]] = {}
+    for row in table.to_dict("records"):
+        cells = {column(str(name)): scalar(_plain(value)) for name, value in row.items() if name != key}
+        found[str(row[key])] = {name: value for name, value in cells.items() if value is not None}
+    return found, tables[0].name
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write(folder: Path, checkpoints: Checkpoints) -> pd.DataFrame:
+    """Write every checkpoint as a safetensors file.
+
+    Args:
+        folder: where to.
+        checkpoints: what.
+
+    Returns:
+        The table's rows: file, base network and all columns.
+    """
+    frame = checkpoints.frame
+    files = [f"member-{m:05d}_epoch-{e:04d}.safetensors" for m, e in zip(frame["member"], frame["epoch"], strict=True)]
+    for row, file in enumerate(files):
+        write_tensors(folder / file, {name: weight[row] for name, weight in checkpoints.weights.items()})
+    table = frame.copy()
+    table.insert(0, "file", files)
+    arguments = json.dumps(checkpoints.architecture.arguments, sort_keys=True)
+    return table.assign(network=checkpoints.architecture.name, arguments=arguments)

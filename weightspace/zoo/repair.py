@@ -1,0 +1,117 @@
+"""Make a damaged zoo whole: keep every checkpoint whose weights still have the digest that the table says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save
+
+from weightspace.networks.architectures import Architecture
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import UserError, locked, read_json
+from weightspace.zoo.model_zoo import (
+    PLACE_COLUMNS,
+    TABLE_FILE,
+    ZOO_FILE,
+    ZooWriter,
+    described,
+    digest,
+    shard_name,
+    verify,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def repair(folder: Path) -> tuple[int, pd.DataFrame, Path]:
+    """Replace a damaged zoo by one of its intact checkpoints; the damaged one is kept beside it.
+
+    Shards are read byte by byte where the library refuses them, so that a flipped byte costs one checkpoint and a cut
+    only those behind it.
+
+    Args:
+        folder: the zoo. Its zoo.json and its table have to be intact.
+
+    Returns:
+        How many checkpoints were kept, the rows of those that are lost, and where the damaged zoo is now.
+
+    Raises:
+        UserError: not a zoo, nothing to repair, another process at work, or damage that cannot be repaired.
+    """
+    made, aside = folder.with_name(f"{folder.name}.repaired"), _aside(folder)
+    if not folder.exists() and (made / ZOO_FILE).exists():  # killed between the two renames
+        made.rename(folder)
+        return len(pd.read_parquet(folder / TABLE_FILE)), pd.DataFrame(), folder
+    if not verify(folder):
+        raise UserError(f"the zoo {folder} is intact; there is nothing to repair")
+    with locked(folder):
+        description = read_json(folder / ZOO_FILE)
+        _check_table(folder, description)
+        frame = pd.read_parquet(folder / TABLE_FILE)
+        architecture = Architecture(**description["architecture"])
+        shutil.rmtree(made, ignore_errors=True)
+        writer = ZooWriter(made, architecture, {**description.get("provenance", {}), "repaired": True})
+        shards, lost = [], []
+        for shard, rows in frame.groupby("shard"):
+            rows = rows.sort_values("row")
+            weights = salvaged(folder / shard_name(int(str(shard))), len(rows), architecture.shapes)
+            everything = Checkpoints(architecture, weights, rows.drop(columns=PLACE_COLUMNS).reset_index(drop=True))
+            found = [digest(values) for values in everything.flat().numpy()]
+            whole = np.array(found) == rows["digest"].to_numpy()
+            lost.append(rows[~whole])
+            if whole.any():
+                shards.append(int(str(shard)))
+                writer.write(shards[-1], everything.rows(whole))
+        if not shards:
+            shutil.rmtree(made, ignore_errors=True)
+            raise UserError(f"no checkpoint of {folder} is intact; restore it from a copy or make the zoo again")
+        kept = len(writer.finish(shards))
+        for path in folder.iterdir():  # what else is there: the claim, a report
+            if path.is_file() and not (made / path.name).exists() and path.name not in description["files"]:
+                shutil.copy2(path, made / path.name)
+        folder.rename(aside)
+        made.rename(folder)
+    return kept, pd.concat(lost), aside
+
+
+def _aside(folder: Path) -> Path:
+    """Where the damaged zoo goes: beside the folder, under a name that is free."""
+    names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{number}" for number in range(2, 1000))]
+    return next(path for path in map(folder.with_name, names) if not path.exists())
+
+
+def _check_table(folder: Path, description: Any) -> None:
+    """Raise a UserError unless zoo.json is one, and the table is as it was written."""
+    advice = "restore it from a copy, or make the zoo again"
+    if not isinstance(description, dict) or not {"files", "architecture", "parameters"} <= description.keys():
+        raise UserError(f"{folder / ZOO_FILE} is damaged, without it nothing can be repaired; {advice}")
+    table = folder / TABLE_FILE
+    if not table.is_file() or described(table) != description["files"].get(TABLE_FILE):
+        raise UserError(f"{table} is damaged or missing, and it alone says which checkpoint is which; {advice}")
+
+
+def salvaged(path: Path, count: int, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """What is left of a shard: its bytes where a whole one has them, zeros where there are none.
+
+    Args:
+        path: of the shard; it may be damaged, cut or missing.
+        count: checkpoints that were written to it.
+        shapes: {parameter: shape}.
+    """
+    whole = save({name: torch.zeros(count, *shape) for name, shape in shapes.items()})  # of the same layout
+    length = int.from_bytes(whole[:8], "little")
+    places: dict[str, Any] = json.loads(whole[8 : 8 + length])
+    content = path.read_bytes()[: len(whole)] if path.is_file() else b""
+    content = content.ljust(len(whole), b"\0")
+    found = {}
+    for name, shape in shapes.items():
+        start, end = (8 + length + offset for offset in places[name]["data_offsets"])
+        found[name] = torch.from_numpy(np.frombuffer(content[start:end], "<f4").copy()).view(count, *shape)
+    return found

@@ -1,0 +1,298 @@
+"""Files from elsewhere, read without running what they contain and without taking more memory than they are large.
+
+Every function raises `Unreadable` for a file that cannot be read, whatever is wrong with it; the message says what it
+is and what to do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from weightspace.networks.fitting import WRAPPERS
+
+LARGEST_FILE = 16 * 2**30
+"""Bytes of the largest file that is read."""
+LARGEST_TEXT = 256 * 2**20
+"""Bytes of the largest JSON or table, unpacked."""
+
+
+class Unreadable(Exception):
+    """A file from elsewhere that is not read; the message says why and what to do."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of real numbers of a state_dict, by name; wrappers are taken off, everything else is left out.
+
+    safetensors by its ending, else what torch.save wrote.
+
+    Raises:
+        Unreadable: not such a file, a pickle that needs a class, or sizes that cannot be.
+    """
+    return unwrapped(read_saved(path))
+
+
+def read_saved(path: Path) -> Any:
+    """What torch.save or safetensors wrote: nested containers of tensors, numbers and text.
+
+    Raises:
+        Unreadable: not such a file, a pickle that needs a class, or sizes that cannot be.
+    """
+    size = _size(path, LARGEST_FILE)
+    try:
+        if path.suffix == ".safetensors":
+            return load_safetensors(path.read_bytes())
+        _check_records(path, size)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged file makes the libraries raise anything
+        raise Unreadable(_reason(error)) from None
+    _check_sizes(content, size)
+    return content
+
+
+def _check_sizes(content: Any, size: int, depth: int = 0) -> None:
+    """Refuse tensors that claim more values than their file can hold, as views of one value may."""
+    if isinstance(content, Tensor) and content.numel() * content.element_size() > size:
+        shape = tuple(content.shape)
+        raise Unreadable(f"a tensor claims the shape {shape}, more than the file of {size:,} bytes can hold")
+    if depth < 8 and isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            _check_sizes(value, size, depth + 1)
+
+
+def _size(path: Path, most: int) -> int:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise Unreadable("not an ordinary file")
+    if found.st_size > most:
+        raise Unreadable(f"{found.st_size:,} bytes; files of over {most:,} are not read")
+    return found.st_size
+
+
+def _check_records(path: Path, size: int) -> None:
+    """Refuse what torch.save never writes: an archive whose records are larger than the file (a bomb)."""
+    if not zipfile.is_zipfile(path):
+        return  # the older format, a bare pickle
+    with zipfile.ZipFile(path) as archive:
+        records = sum(record.file_size for record in archive.infolist())
+    if records > size:
+        raise Unreadable(f"its records unpack to {records:,} bytes, more than the file's {size:,}")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in a line, from the error of the library that read it."""
+    text = str(error)
+    needed = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+([\w.]+)", text)
+    if needed:
+        name = needed.group(1) or needed.group(2)
+        return (
+            f"a pickle that needs the class {name}: reading it could run code, so it is refused; where you trust it, "
+            "load it with the code that wrote it and save the plain state_dict: torch.save(model.state_dict(), path)"
+        )
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return f"damaged, or not a file of weights ({type(error).__name__}{': ' if line else ''}{line[:200]})"
+
+
+def unwrapped(content: Any) -> dict[str, Tensor]:
+    """The state_dict in what a training script saved, without tensors that hold no real numbers.
+
+    Raises:
+        Unreadable: there is none.
+    """
+    for _ in range(4):  # wrappers may be nested
+        if not isinstance(content, Mapping):
+            break
+        state = {
+            str(name): value
+            for name, value in content.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
+        }
+        if state:
+            return state
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    kind = f"a mapping with {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else ""
+    raise Unreadable(f"holds no state_dict but {kind or 'a ' + type(content).__name__}")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document.
+
+    Raises:
+        Unreadable: too large, or not JSON.
+    """
+    return _parsed(path, lambda: json.loads(read_text(path)))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; a last line that was cut off is left out.
+
+    Raises:
+        Unreadable: too large, or not JSON Lines.
+    """
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) - 1:
+                break
+            raise Unreadable(f"line {number + 1} is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise Unreadable(f"line {number + 1} is not a JSON object")
+        found.append(record)
+    return found
+
+
+def _parsed(path: Path, parse: Callable[[], Any]) -> Any:
+    try:
+        return parse()
+    except Unreadable:
+        raise
+    except Exception as error:  # as above
+        raise Unreadable(_reason(error).replace("a file of weights", f"a {path.suffix or 'readable'} file")) from None
+
+
+def read_text(path: Path) -> str:
+    """A whole text, unpacked where its name ends in .gz.
+
+    Raises:
+        Unreadable: too large, or damaged.
+    """
+    return _bytes(path).decode("utf-8", errors="replace")
+
+
+def _bytes(path: Path) -> bytes:
+    """A whole small file, unpacked where its name ends in .gz."""
+    _size(path, LARGEST_TEXT)
+    try:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            content = file.read(LARGEST_TEXT + 1)
+    except (OSError, EOFError, ValueError) as error:
+        raise Unreadable(_reason(error)) from None
+    if len(content) > LARGEST_TEXT:
+        raise Unreadable(f"unpacks to over {LARGEST_TEXT:,} bytes")
+    return content
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table: CSV (also .csv.gz), JSON Lines or Parquet by its ending.
+
+    Raises:
+        Unreadable: another ending, too large, or damaged.
+    """
+    endings = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if endings == "csv":
+        return _parsed(path, lambda: pd.read_csv(io.BytesIO(_bytes(path))))
+    if endings in ("jsonl", "ndjson"):
+        return _parsed(path, lambda: pd.DataFrame(read_json_lines(path)))
+    if endings == "parquet":
+        _size(path, LARGEST_FILE)
+        return _parsed(path, lambda: pd.read_parquet(path))
+    raise Unreadable("no table that can be read: name it .csv, .csv.gz, .jsonl or .parquet")
+
+
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """An array of numpy's format, mapped and not read, without pickled objects.
+
+    Raises:
+        Unreadable: damaged, of objects, or larger than the file says.
+    """
+    _size(path, LARGEST_FILE)
+    array = _parsed(path, lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise Unreadable("several arrays in one file; one is expected")
+    if array.dtype.kind != "f":
+        raise Unreadable(f"an array of {array.dtype}, not of real numbers")
+    return array
+
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def unpack(archive: Path, folder: Path, most: int) -> list[str]:
+    """Unpack the ordinary files of a zip or tar archive into a folder.
+
+    Args:
+        archive: the archive.
+        folder: where its files go; it must be empty.
+        most: bytes that it may take.
+
+    Returns:
+        What was left out, a line each: links and devices.
+
+    Raises:
+        Unreadable: damaged, larger than allowed, or with a path that leaves the folder.
+    """
+    _size(archive, most)
+    skipped, taken = [], 0
+    try:
+        for name, size, ordinary, read in _entries(archive):
+            where = PurePosixPath(name.replace("\\", "/"))
+            if where.is_absolute() or ".." in where.parts or ":" in name.split("/")[0] or "\0" in name:
+                raise Unreadable(f"holds the path {name!r}, which leaves its folder; do not use this archive")
+            if not ordinary:
+                skipped.append(f"{name}: a link or device, left out")
+                continue
+            taken += size
+            if taken > most:
+                raise Unreadable(f"unpacks to over {most:,} bytes; raise --max-bytes if you trust it")
+            target = folder / where
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as out:
+                while block := read(2**20):
+                    size -= len(block)
+                    if size < 0:
+                        raise Unreadable(f"{name} is larger than the archive says")
+                    out.write(block)
+    except Unreadable:
+        raise
+    except FileExistsError as error:
+        raise Unreadable(f"holds {error.filename} twice") from None
+    except Exception as error:  # a damaged archive makes the libraries raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault
+        raise Unreadable(f"damaged, or no archive ({type(error).__name__}: {error})") from None
+    return skipped
+
+
+def _entries(archive: Path) -> Iterator[tuple[str, int, bool, Callable[[int], bytes]]]:
+    """Name, size, whether it is an ordinary file, and how to read it, of everything but folders."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as packed:
+            for entry in packed.infolist():
+                kind = stat.S_IFMT(entry.external_attr >> 16)
+                if not entry.is_dir():
+                    with packed.open(entry) as file:
+                        yield entry.filename, entry.file_size, kind in (0, stat.S_IFREG), file.read
+        return
+    with tarfile.open(archive) as packed:
+        for item in packed:
+            file = packed.extractfile(item) if item.isreg() else None
+            if not item.isdir():
+                yield item.name, item.size, file is not None, file.read if file else (lambda _: b"")
