@@ -16,7 +16,7 @@ PACKAGE = "weightspace"
 SOURCE = Path(weightspace.__file__).parent
 LEVELS = (
     ("runs",),
-    ("config",),
+    ("config", "hub"),
     ("networks", "tasks"),
     ("zoo", "report"),
     ("tokens",),

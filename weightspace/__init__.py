@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         Experiment,
         FinetuneConfig,
         GenerateConfig,
+        ImportConfig,
         LossConfig,
         PretrainConfig,
         ProbeConfig,
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from weightspace.experiment import run
     from weightspace.hyperrep.pretrain import pretrain
     from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
-    from weightspace.networks.architectures import Architecture
+    from weightspace.networks.architectures import Architecture, register_network
     from weightspace.networks.behavior import Outputs, outputs
     from weightspace.networks.checkpoints import Checkpoints
     from weightspace.report.page import make_report
     from weightspace.studies import run_study
     from weightspace.tasks.images import ImageTask, load_task
     from weightspace.tokens.tokenizer import TokenBatch, Tokenizer
+    from weightspace.zoo.exporting import export_zoo
+    from weightspace.zoo.importing import import_zoo
     from weightspace.zoo.model_zoo import ModelZoo
     from weightspace.zoo.population import train_population
 
@@ -44,6 +47,7 @@ _HOMES = {
     "GenerateConfig": "config",
     "HyperRepresentation": "hyperrep.representation",
     "ImageTask": "tasks.images",
+    "ImportConfig": "config",
     "LossConfig": "config",
     "ModelZoo": "zoo.model_zoo",
     "Outputs": "networks.behavior",
@@ -54,9 +58,11 @@ _HOMES = {
     "TokenBatch": "tokens.tokenizer",
     "Tokenizer": "tokens.tokenizer",
     "ZooConfig": "config",
+    "export_zoo": "zoo.exporting",
     "finetune": "downstream.finetune",
     "flow": "downstream.samplers",
     "generate": "downstream.generate",
+    "import_zoo": "zoo.importing",
     "kde": "downstream.samplers",
     "load_network": "downstream.generate",
     "load_networks": "downstream.generate",
@@ -65,6 +71,7 @@ _HOMES = {
     "outputs": "networks.behavior",
     "pretrain": "hyperrep.pretrain",
     "probe": "downstream.probe",
+    "register_network": "networks.architectures",
     "reconstruct": "downstream.reconstruct",
     "run": "experiment",
     "run_study": "studies",
@@ -83,6 +90,7 @@ __all__ = [
     "GenerateConfig",
     "HyperRepresentation",
     "ImageTask",
+    "ImportConfig",
     "LossConfig",
     "ModelZoo",
     "Outputs",
@@ -91,9 +99,11 @@ __all__ = [
     "TokenBatch",
     "Tokenizer",
     "ZooConfig",
+    "export_zoo",
     "finetune",
     "flow",
     "generate",
+    "import_zoo",
     "kde",
     "load_network",
     "load_networks",
@@ -103,6 +113,7 @@ __all__ = [
     "pretrain",
     "probe",
     "reconstruct",
+    "register_network",
     "run",
     "run_study",
     "train_population",

@@ -378,6 +378,25 @@ class Report:
         print(f"report: {make_report(self.run, self.run / 'report')}")
 
 
+@dataclass(frozen=True)
+class Push:
+    """Share a zoo or a representation on the Hugging Face hub, with a card (extra `hub`)."""
+
+    folder: Folder
+    """folder of the zoo or of the representation"""
+    repository: tyro.conf.Positional[str]
+    """owner/name; it is made where it is missing, with the token that `hf auth login` keeps"""
+    private: bool = False
+    """make a new repository private"""
+
+    def __call__(self) -> None:
+        from weightspace.hyperrep.representation import HyperRepresentation
+        from weightspace.zoo.model_zoo import ZOO_FILE, ModelZoo
+
+        kind = ModelZoo.open if (self.folder / ZOO_FILE).is_file() else HyperRepresentation.load
+        print(f"shared: {kind(self.folder).push_to_hub(self.repository, self.private)}")
+
+
 COMMANDS: dict[str, type[Any]] = {
     "run": Run,
     "zoo train": ZooTrain,
@@ -391,6 +410,7 @@ COMMANDS: dict[str, type[Any]] = {
     "reconstruct": Reconstruct,
     "generate": Generate,
     "finetune": Finetune,
+    "push": Push,
     "study": RunStudy,
     "report": Report,
 }

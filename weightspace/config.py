@@ -254,8 +254,8 @@ class ProbeConfig:
 
     properties: tuple[str, ...] = ("test_acc", "gap", "epoch")
     """columns of the zoo that are predicted ("all": every numeric one)"""
-    categories: tuple[str, ...] = ("init",)
-    """columns of the zoo that are classified"""
+    categories: tuple[str, ...] = ("all",)
+    """columns of the zoo that are classified ("all": every one of text with few values)"""
     epochs: tuple[int, ...] = ()
     """epochs of the zoo that are used (default: all)"""
     penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

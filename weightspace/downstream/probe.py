@@ -33,6 +33,8 @@ from weightspace.runs import UserError, notice, progress
 from weightspace.zoo.model_zoo import ModelZoo, check_numeric, usable
 
 STAGE = "probe"
+CLASSES = 20
+"""Most values of a column of text that is taken for a category."""
 SPLITS = ("train", "val", "test", "unseen")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -119,7 +121,8 @@ def probe(
     Args:
         zoo: probes are fitted on its split 'train' and their penalty is chosen on 'val'.
         representations: name -> representation.
-        config: what is probed ("all": every property that `numeric_properties` finds), at which epochs.
+        config: what is probed ("all": every property that `numeric_properties` finds, every category that
+            `text_columns` finds), at which epochs.
         others: further zoos of the same base network, scored whole as splits of their names.
 
     Returns:
@@ -136,7 +139,7 @@ def probe(
         raise UserError(f"another zoo cannot be called {clash[0]!r}, which is a split; rename its folder")
     for some in (zoo, *others.values()):
         check_numeric(some.frame, [name for name in config.properties if name != "all"])
-        if missing := [column for column in config.categories if column not in some.frame]:
+        if missing := [name for name in config.categories if name != "all" and name not in some.frame]:
             raise UserError(f"no category {', '.join(missing)}; {some.folder} has {', '.join(some.frame.columns)}")
     fitted = ("train", "val")
     own = (*fitted, *zoo.splits([split for split in SPLITS if split not in fitted]))
@@ -146,8 +149,9 @@ def probe(
     properties = numeric_properties(frames) if "all" in config.properties else config.properties
     if unknown := [name for name in properties if not all(np.isfinite(frame[name]).all() for frame in frames)]:
         raise UserError(f"{', '.join(unknown)} is missing or infinite for some checkpoints; probe other properties")
-    categories = [column for column in config.categories if checkpoints["train"].frame[column].nunique() > 1]
-    if skipped := sorted(set(config.categories) - set(categories)):
+    asked = text_columns(frames) if "all" in config.categories else config.categories
+    categories = [column for column in asked if checkpoints["train"].frame[column].nunique() > 1]
+    if skipped := sorted(set(asked) - set(categories)):
         notice(f"not classified, since all training members have the same: {', '.join(skipped)}")
     features: dict[str, dict[str, Array]] = {}
     maps = []
@@ -221,6 +225,17 @@ def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
         for name in candidates
         if first[name].nunique() > 1
         and all(name in frame and np.isfinite(frame[name]).all() for frame in (first, *others))
+    )
+
+
+def text_columns(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
+    """Every column of text that all frames hold without gaps, with 2 to CLASSES values in the first; not split."""
+    first, *others = (frame.select_dtypes(exclude="number").drop(columns="split") for frame in frames)
+    return tuple(
+        str(name)
+        for name in first
+        if 1 < first[name].nunique() <= CLASSES
+        and all(name in frame and frame[name].notna().all() for frame in (first, *others))
     )
 
 

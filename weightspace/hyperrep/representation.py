@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weightspace import hub
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, from_dict
 from weightspace.hyperrep.autoencoder import Autoencoder
 from weightspace.networks.architectures import Architecture
@@ -30,7 +32,8 @@ from weightspace.zoo.model_zoo import ZOO_FILE
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 NORMALIZATION_FILE = "normalization.safetensors"
-CARD_FILE = "README.md"
+SHARED_FILES = (CONFIG_FILE, MODEL_FILE, NORMALIZATION_FILE)
+"""What a representation consists of, beside its card."""
 STATE_FILE = "state.pt"
 """What an unfinished training resumes from."""
 ROWS_AT_ONCE = 256
@@ -143,7 +146,7 @@ class HyperRepresentation:
         folder = Path(folder)
         write_tensors(folder / NORMALIZATION_FILE, {"mean": self.normalizer.mean, "std": self.normalizer.std})
         write_tensors(folder / MODEL_FILE, self.autoencoder.state_dict())
-        write_text(folder / CARD_FILE, model_card(self))
+        write_text(folder / hub.CARD_FILE, model_card(self, "path/to/this/folder"))
         config = {
             "architecture": self.architecture.to_json(),
             "autoencoder": dataclasses.asdict(self.autoencoder_config),
@@ -171,13 +174,22 @@ class HyperRepresentation:
         try:
             architecture = Architecture(**info.pop("architecture"))
             autoencoder_config = from_dict(AutoencoderConfig, info.pop("autoencoder"))
+            weights = load_file(folder / MODEL_FILE)
+            tokens, size = len(weights["encoder_positions.tables.0.weight"]), weights["embed.weight"].shape[1]
+            if architecture.parameter_count > tokens * size:  # before the tokens are laid out
+                raise ValueError(f"{architecture} has more weights than {tokens} tokens of {size} hold")
             for derived in ("parameter_count", "latent_size"):
                 info.pop(derived)
             tokenizer = Tokenizer(architecture, autoencoder_config.token_size)
             scales = load_file(folder / NORMALIZATION_FILE)
             normalizer = Normalizer(scales["mean"], scales["std"], tokenizer.mask)
+            with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
+                sizes = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions).state_dict()
+            wrong = [name for name in sizes if name not in weights or weights[name].shape != sizes[name].shape]
+            if wrong:
+                raise ValueError(f"{MODEL_FILE} does not hold {wrong[0]} as the config describes it")
             autoencoder = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions)
-            autoencoder.load_state_dict(load_file(folder / MODEL_FILE))
+            autoencoder.load_state_dict(weights)
             from_dict(PretrainConfig, info["pretrain"])
             from_dict(LossConfig, info["loss"])
             if not {"validation", "step", "tasks", "scales"} <= info.keys():
@@ -186,19 +198,38 @@ class HyperRepresentation:
             raise UserError(f"the representation {folder} is damaged or of another version: {error}") from None
         return cls(architecture, autoencoder_config, autoencoder.eval(), normalizer, info).to(device)
 
+    @classmethod
+    def from_hub(cls, repository: str, revision: str | None = None) -> HyperRepresentation:
+        """Load a representation of the hub ("owner/name", downloaded once) or of a local folder.
+
+        Raises:
+            UserError: no such repository, or what it holds is not a representation.
+        """
+        return cls.load(hub.fetch(repository, "model", SHARED_FILES, revision))
+
+    def push_to_hub(self, repository: str | Path, private: bool = False) -> str:
+        """Share the representation as a model of the hub, with a card; see `hub.push`. Returns where it is."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return hub.push(Path(folder), repository, "model", SHARED_FILES, model_card(self, str(repository)), private)
+
     @property
     def pretrain_config(self) -> PretrainConfig:
         """How it was trained."""
         return from_dict(PretrainConfig, self.info["pretrain"])
 
 
-def model_card(representation: HyperRepresentation) -> str:
-    """README.md of a representation's folder: what it is, how to load it, how it validated."""
+def model_card(representation: HyperRepresentation, place: str) -> str:
+    """README.md of a representation: what it is, how to load it from a place (folder or hub), how it validated."""
     info = representation.info
     tokens = f"{representation.tokenizer.count} tokens of {representation.tokenizer.token_size}"
     per_value = representation.architecture.parameter_count / representation.latent_size
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in info["validation"].items() if value is not None)
-    return f"""# Hyper-representation of {representation.architecture}
+    return f"""---
+library_name: weightspace
+tags: [hyper-representation, weight-space-learning]
+---
+# Hyper-representation of {representation.architecture}
 
 A mixture of linear autoencoders beside a transformer autoencoder, over the weights of {info["zoo"]["members"]}
 trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.latent_size} latent values,
@@ -207,7 +238,7 @@ trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.lat
 
 ```python
 import weightspace as ws
-representation = ws.HyperRepresentation.load("path/to/this/folder")
+representation = ws.HyperRepresentation.from_hub("{place}")
 z = representation.embed(ws.ModelZoo.open("path/to/a/zoo").select(split="test")).z
 ```
 

@@ -63,40 +63,35 @@ def match(shapes: Shapes, architecture: Architecture) -> Fit:
         Misfit: no such assignment; the message names every tensor that is missing, of another shape or left over.
     """
     wanted, found = architecture.shapes, bare(list(shapes))
-    if set(wanted) <= set(found):
-        renamed = {name: found[name] for name in wanted}
-        extra = sorted(set(found) - set(wanted))
-        wrong = [
-            f"{name} is {_size(shapes[whole])}, needed {_size(wanted[name])}"
-            for name, whole in renamed.items()
-            if tuple(shapes[whole]) != wanted[name]
-        ]
-        wrong += [f"{name} {_size(shapes[found[name]])} belongs to no parameter" for name in extra]
-        if wrong:
-            raise Misfit(f"not a {architecture}: " + "; ".join(wrong))
-        return Fit(architecture, renamed)
+    if set(wanted) == set(found) and all(tuple(shapes[found[name]]) == wanted[name] for name in wanted):
+        return Fit(architecture, {name: found[name] for name in wanted})
     for order in (list(shapes), sorted(shapes, key=natural)):
-        if [tuple(shapes[name]) for name in order] == list(wanted.values()):
+        if not set(wanted) & set(found) and [tuple(shapes[name]) for name in order] == list(wanted.values()):
             return Fit(architecture, dict(zip(wanted, order, strict=True)))
     by_shape = {tuple(shape): name for name, shape in shapes.items()}
     if len(by_shape) == len(shapes) == len(wanted) and set(by_shape) == set(wanted.values()):
         return Fit(architecture, {name: by_shape[shape] for name, shape in wanted.items()})
-    raise Misfit(f"not a {architecture}: {_difference(shapes, wanted)}")
+    raise Misfit(f"not a {architecture}: {_difference(shapes, wanted, found)}")
 
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _difference(shapes: Shapes, wanted: Shapes) -> str:
-    """Tensor by tensor in natural order, which differ; and the sums."""
-    lines = []
-    order = sorted(shapes, key=natural)
-    for name, parameter in zip(order, wanted, strict=False):
-        if tuple(shapes[name]) != wanted[parameter]:
-            lines.append(f"{name} is {_size(shapes[name])} where {parameter} is {_size(wanted[parameter])}")
-    lines += [f"{name} {_size(shapes[name])} is left over" for name in order[len(wanted) :]]
-    lines += [f"{name} {_size(wanted[name])} is missing" for name in list(wanted)[len(order) :]]
+def _difference(shapes: Shapes, wanted: Shapes, found: Mapping[str, str]) -> str:
+    """Which tensors differ, by name where names are shared, else one after another; and the sums."""
+    order = list(shapes)
+    if set(wanted) & set(found):
+        pairs = {name: found[name] for name in wanted if name in found}
+    else:
+        pairs = dict(zip(wanted, order, strict=False))
+    lines = [
+        f"{theirs}{'' if theirs == name else f', as {name},'} is {_size(shapes[theirs])}, needed {_size(wanted[name])}"
+        for name, theirs in pairs.items()
+        if tuple(shapes[theirs]) != wanted[name]
+    ]
+    lines += [f"{name} {_size(wanted[name])} is missing" for name in wanted if name not in pairs]
+    lines += [f"{name} {_size(shapes[name])} is left over" for name in order if name not in pairs.values()]
     there, needed = (sum(math.prod(shape) for shape in each.values()) for each in (shapes, wanted))
     more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
     return f"{'; '.join(lines[:6])}{more} ({there:,} values, needed {needed:,})"
@@ -136,10 +131,9 @@ def sized(name: str, shapes: Shapes) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for order in (list(shapes), sorted(shapes, key=natural)):
         matrices = [tuple(shapes[key]) for key in order if len(shapes[key]) > 1]
-        vectors = [shapes[key][0] for key in order if len(shapes[key]) == 1]
-        if not matrices or not vectors:
+        if not matrices:
             return []
-        first, classes = matrices[0], vectors[-1]
+        first, classes = matrices[0], matrices[-1][0]
         if name != "MLP" and len(first) == 4:
             hidden = {"hidden": first[0]} if name == "SmallCNN" else {}
             found.append({"channels": first[1], "classes": classes, **hidden})

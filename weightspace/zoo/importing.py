@@ -126,7 +126,7 @@ def _local(source: str, folder: Path, config: ImportConfig) -> Path:
         names = source.removeprefix(REMOTE)
         if Path(names).is_file():
             names = ",".join(Path(names).read_text(encoding="utf-8").split())
-        return hub.fetch([name for name in names.split(",") if name], folder / "source")
+        return hub.fetch_all([name for name in names.split(",") if name], folder / "source")
     path = Path(source)
     if path.is_dir():
         return path
@@ -383,7 +383,10 @@ def _finish(
             f"({'; '.join(several)}); all of it is in {folder / REPORT_FILE}; without --strict the import goes on"
         )
     for name, numbers in shards.items():
-        zoos.writers[name].finish(numbers, lambda frame: tidy(divided(frame, config, seed)))
+        written = zoos.writers[name]
+        if (written.folder / ZOO_FILE).exists() and not any(written.folder.glob("part-*")):
+            continue  # of an import that was interrupted here
+        written.finish(numbers, lambda frame: tidy(divided(frame, config, seed)))
     if len(shards) == 1:
         (name,) = shards
         inner = folder / name

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
+from weightspace import hub
 from weightspace.runs import (
     UserError,
     atomic,
@@ -43,6 +44,8 @@ SCHEMA_VERSION = 1
 ZOO_FILE = "zoo.json"
 TABLE_FILE = "checkpoints.parquet"
 REQUIRED_COLUMNS = ("member", "epoch", "split", "task", "shard", "row", "digest")
+SHARED_FILES = (ZOO_FILE, TABLE_FILE, "weights-*.safetensors")
+"""What a zoo consists of."""
 PLACE_COLUMNS = ["shard", "row", "digest"]
 """Where the weights of a row are, and what they are; no property of a network."""
 LARGEST_WEIGHT = 10_000
@@ -83,7 +86,27 @@ class ModelZoo:
         missing = [column for column in REQUIRED_COLUMNS if column not in frame]
         if missing:
             raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} lacks {', '.join(missing)}")
+        one = 4 * sum(math.prod(shape) for shape in description["parameters"].values())
+        if one * len(frame) > sum(file["bytes"] for file in description["files"].values()):
+            raise UserError(f"the zoo {folder} is damaged: {len(frame):,} checkpoints of {one:,} bytes are not in it")
         return cls(folder, description, frame)
+
+    @classmethod
+    def from_hub(cls, repository: str, revision: str | None = None) -> ModelZoo:
+        """Open a zoo of the hub ("owner/name", downloaded once) or of a local folder; every checksum is checked.
+
+        Raises:
+            UserError: no such repository, or what it holds is not an intact zoo.
+        """
+        folder = hub.fetch(repository, "dataset", SHARED_FILES, revision)
+        problems = verify(folder)
+        if problems:
+            raise UserError(f"the zoo {repository} is damaged: {problems[0]}")
+        return cls.open(folder)
+
+    def push_to_hub(self, repository: str | Path, private: bool = False) -> str:
+        """Share the zoo as a data set of the hub, with a card; see `hub.push`. Returns where it is."""
+        return hub.push(self.folder, repository, "dataset", SHARED_FILES, card(self, str(repository)), private)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -382,6 +405,27 @@ def summary(zoo: ModelZoo) -> str:
     if "test_acc" in frame:
         lines += ["", "test accuracy by epoch", overview(zoo).round(4).to_string()]
     return "\n".join(lines)
+
+
+def card(zoo: ModelZoo, repository: str) -> str:
+    """README.md of a shared zoo: what it holds, how to load it."""
+    return f"""---
+library_name: weightspace
+tags: [model-zoo, weight-space-learning]
+---
+# Model zoo of {zoo.description["architecture"]["name"]} on {", ".join(zoo.tasks)}
+
+```
+{summary(zoo)}
+```
+
+```python
+import weightspace as ws
+zoo = ws.ModelZoo.from_hub("{repository}")
+```
+
+A row per checkpoint in `{TABLE_FILE}`, weights in `{SHARED_FILES[2]}`; nothing in it is executable.
+"""
 
 
 def usable(checkpoints: Checkpoints, limit: float = LARGEST_WEIGHT) -> np.ndarray:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
+import pickletools
 import re
 import stat
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -57,11 +60,13 @@ def read_saved(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_safetensors(path.read_bytes())
         _check_records(path, size)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old formats
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes the libraries raise anything
-        raise Unreadable(_reason(error)) from None
+        needed = _class_of(path, error)
+        raise Unreadable(REFUSED.format(needed) if needed else _reason(error)) from None
     _check_sizes(content, size)
     return content
 
@@ -98,17 +103,36 @@ def _check_records(path: Path, size: int) -> None:
         raise Unreadable(f"its records unpack to {records:,} bytes, more than the file's {size:,}")
 
 
+REFUSED = (
+    "a pickle that needs the class {}: reading it could run code, so it is refused; where you trust it, load it with "
+    "the code that wrote it and save the plain state_dict: torch.save(model.state_dict(), path)"
+)
+
+
+def _class_of(path: Path, error: Exception) -> str:
+    """The class that a refused pickle needs, from torch's message or else from the pickle's instructions."""
+    said = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if said:
+        return said.group(1)
+    if not isinstance(error, pickle.UnpicklingError) or zipfile.is_zipfile(path):
+        return ""
+    words: list[str] = []
+    try:
+        for operation, argument, _ in pickletools.genops(path.read_bytes()[:LARGEST_TEXT]):
+            if operation.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if operation.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            if isinstance(argument, str):
+                words.append(argument)
+    except Exception:  # no pickle at all
+        pass
+    return ""
+
+
 def _reason(error: Exception) -> str:
     """What is wrong with a file, in a line, from the error of the library that read it."""
-    text = str(error)
-    needed = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[: ]+([\w.]+)", text)
-    if needed:
-        name = needed.group(1) or needed.group(2)
-        return (
-            f"a pickle that needs the class {name}: reading it could run code, so it is refused; where you trust it, "
-            "load it with the code that wrote it and save the plain state_dict: torch.save(model.state_dict(), path)"
-        )
-    line = text.strip().splitlines()[0] if text.strip() else ""
+    line = text.splitlines()[0] if (text := str(error).strip()) else ""
     return f"damaged, or not a file of weights ({type(error).__name__}{': ' if line else ''}{line[:200]})"
 
 
@@ -249,7 +273,9 @@ def unpack(archive: Path, folder: Path, most: int) -> list[str]:
     Raises:
         Unreadable: damaged, larger than allowed, or with a path that leaves the folder.
     """
-    _size(archive, most)
+    too_much = f"unpacks to over {most:,} bytes; raise --max-bytes if you trust it"
+    if archive.stat().st_size > most:
+        raise Unreadable(too_much)
     skipped, taken = [], 0
     try:
         for name, size, ordinary, read in _entries(archive):
@@ -261,7 +287,7 @@ def unpack(archive: Path, folder: Path, most: int) -> list[str]:
                 continue
             taken += size
             if taken > most:
-                raise Unreadable(f"unpacks to over {most:,} bytes; raise --max-bytes if you trust it")
+                raise Unreadable(too_much)
             target = folder / where
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "xb") as out:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weightspace.hub import fetch
 from weightspace.runs import UserError
 from weightspace.zoo.layouts.found import Found, activation_of, column, folders, scalar
 from weightspace.zoo.untrusted import Unreadable, read_json, read_state, read_text
@@ -110,25 +111,20 @@ def card_metrics(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
-def fetch(repositories: list[str], folder: Path) -> Path:
+def fetch_all(repositories: list[str], folder: Path) -> Path:
     """Download snapshots (weights, config and card; no code) into a folder: folder/owner/name each.
 
     Raises:
         UserError: the extra is not installed, or a repository cannot be fetched.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError:
-        raise UserError("the hub needs the extra 'hub': pip install 'weightspace[hub]'") from None
     for name in repositories:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
             raise UserError(f"{name!r} is no repository of the hub; write owner/name")
-        try:
-            snapshot_download(name, local_dir=folder / name, allow_patterns=list(WANTED))
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{name} cannot be fetched from the hub ({reason}); give a local snapshot instead"
-            ) from None
+        there = fetch(name, "model", WANTED)
+        for path in sorted(there.iterdir()):
+            if path.is_file():
+                target = folder / name / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                target.symlink_to(path.resolve())
     return folder
