@@ -472,7 +472,7 @@ def test_unusable_and_double_checkpoints(tmp_path: Path) -> None:
     assert zoo.frame["source"].tolist() == ["a", "e"]
     found = reasons(tmp_path / "zoo")
     assert found["b.pt"] == "the same weights were read before"
-    assert found["c.pt"] == "a weight of 1e+05 is greater than 10,000"
+    assert found["c.pt"] == "a weight is 1e+05, over 10,000"
     assert found["d.pt"] == "2 of 2,758 weights are not finite"
     assert "damaged" in found["f.pt"] and "damaged" in found["g.safetensors"] and "h.pt" not in found
     kept = ImportConfig(keep_unusable=True, keep_duplicates=True)

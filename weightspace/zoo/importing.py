@@ -13,6 +13,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from weightspace import runs
 from weightspace.config import ImportConfig, check
 from weightspace.networks.architectures import Architecture
-from weightspace.networks.checkpoints import Checkpoints
+from weightspace.networks.checkpoints import Checkpoints, unflatten
 from weightspace.networks.fitting import Fit, Misfit, fit
 from weightspace.runs import RunFailed, UserError, derive_seed, fingerprint, progress, read_lines, write_lines
 from weightspace.tasks.images import UNKNOWN_TASK, load_task
@@ -215,11 +216,25 @@ def name_of(architecture: Architecture) -> str:
     return "-".join([short, *values, fingerprint(architecture.to_json())[:6]])
 
 
+Fits = dict[Any, tuple[str, Fit] | Misfit]
+"""What tensors of some names and shapes were found to be: the name of their zoo and the fit."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one shard of one zoo will hold."""
+
+    architecture: Architecture
+    flat: list[Tensor]
+    rows: list[dict[str, Any]]
+    digests: list[str]
+
+
 def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, source: str) -> None:
     """Read everything, unit by unit, and finish the zoos."""
     members = {name: number for number, name in enumerate(dict.fromkeys(entry.member for entry in found))}
     zoos = _Zoos(folder, config, source)
-    fits: dict[Any, Fit | Misfit] = {}
+    fits: Fits = {}
     shards: dict[str, list[int]] = {}
     start, unit = 0, 0
     with progress("import: checkpoints", len(found)) as advance:
@@ -233,10 +248,9 @@ def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, sou
             for line in lines:
                 if line["status"] == "read":
                     zoos.seen.add(line["digest"])
-                    architecture = Architecture(**line["architecture"])
-                    writer = zoos.writer(architecture)
-                    if unit not in shards.setdefault(writer.folder.name, []):
-                        shards[writer.folder.name].append(unit)
+                    name = zoos.writer(Architecture(**line["architecture"])).folder.name
+                    if unit not in shards.setdefault(name, []):
+                        shards[name].append(unit)
             start, unit = start + len(lines), unit + 1
             advance(len(lines))
     lines = [line for number in range(unit) for line in read_lines(folder / f"report-{number:05d}.jsonl")]
@@ -246,25 +260,25 @@ def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, sou
 def _read_unit(
     found: Sequence[Found],
     zoos: _Zoos,
-    fits: dict[Any, Fit | Misfit],
+    fits: Fits,
     members: Mapping[str, int],
     unit: int,
 ) -> list[dict[str, Any]]:
     """Read checkpoints until a shard is full; write a shard per architecture; a line of the report each."""
     config, lines, taken = zoos.config, [], 0
-    kept: dict[Architecture | str, tuple[Architecture, list[dict[str, Tensor]], list[dict[str, Any]]]] = {}
+    kept: dict[str, _Kept] = {}
     for entry in found:
         line: dict[str, Any] = {"member": entry.member, "epoch": entry.epoch, "path": entry.path, "status": "skipped"}
         if entry.notes:
             line["notes"] = list(entry.notes)
         lines.append(line)
         try:
-            architecture, weights = _weights(entry, config, fits)
+            name, architecture, weights = _weights(entry, config, fits)
         except (Unreadable, Misfit) as error:
             line["reason"] = str(error)
             continue
-        taken += sum(weight.nbytes for weight in weights.values())
         flat = torch.cat([weight.flatten() for weight in weights.values()])
+        taken += flat.nbytes
         line["digest"] = digest(flat.numpy())
         problem = _problem(flat)
         if problem:
@@ -275,17 +289,18 @@ def _read_unit(
         if "reason" not in line:
             line |= {"status": "read", "architecture": architecture.to_json()}
             zoos.seen.add(line["digest"])
-            _, several, rows = kept.setdefault(name_of(architecture), (architecture, [], []))
-            several.append(weights)
-            rows.append(_row(entry, members[entry.member], config.task))
+            own = kept.setdefault(name, _Kept(architecture, [], [], []))
+            own.flat.append(flat)
+            own.rows.append(_row(entry, members[entry.member], config.task))
+            own.digests.append(line["digest"])
         if taken >= UNIT_BYTES:
             break
-    for architecture, several, rows in kept.values():
-        stacked = {name: torch.stack([weights[name] for weights in several]) for name in architecture.shapes}
-        checkpoints = Checkpoints(architecture, stacked, tidy(pd.DataFrame(rows)))
+    for own in kept.values():
+        weights = unflatten(own.architecture, torch.stack(own.flat))
+        checkpoints = Checkpoints(own.architecture, weights, tidy(pd.DataFrame(own.rows)))
         if config.score:
             checkpoints = _scored(checkpoints, config.task)
-        zoos.writer(architecture).write(unit, checkpoints)
+        zoos.writer(own.architecture).write(unit, checkpoints, own.digests)
     return lines
 
 
@@ -315,10 +330,8 @@ def _one_type(values: pd.Series) -> pd.Series:
     return values.where(values.isna(), values.astype(str)).astype(object).where(values.notna(), None)
 
 
-def _weights(
-    entry: Found, config: ImportConfig, fits: dict[Any, Fit | Misfit]
-) -> tuple[Architecture, dict[str, Tensor]]:
-    """The weights of one checkpoint under the names of its base network, as float32.
+def _weights(entry: Found, config: ImportConfig, fits: Fits) -> tuple[str, Architecture, dict[str, Tensor]]:
+    """The name of its zoo, its base network and the weights of one checkpoint under that network's names, as float32.
 
     Raises:
         Unreadable, Misfit: it cannot be read, or does not fit.
@@ -330,24 +343,29 @@ def _weights(
     key = (tuple(shapes.items()), network, json.dumps(arguments, sort_keys=True, default=str))
     if key not in fits:
         try:
-            fits[key] = fit(shapes, network, arguments)
+            fitted = fit(shapes, network, arguments)
+            fits[key] = (name_of(fitted.architecture), fitted)
         except (Misfit, UserError) as problem:
             fits[key] = Misfit(str(problem))
-    fitted = fits[key]
-    if isinstance(fitted, Misfit):
-        raise fitted
-    return fitted.architecture, {
-        name: state[theirs].detach().to(torch.float32) for name, theirs in fitted.names.items()
-    }
+    known = fits[key]
+    if isinstance(known, Misfit):
+        raise known
+    name, fitted = known
+    weights = {ours: state[theirs].detach().to(torch.float32) for ours, theirs in fitted.names.items()}
+    return name, fitted.architecture, weights
 
 
 def _problem(flat: Tensor) -> str:
     """What makes weights unusable ("" when nothing does)."""
+    huge = float(flat.abs().max())  # NaN where there is one
+    if huge <= LARGEST_WEIGHT:
+        return ""
     bad = int((~flat.isfinite()).sum())
-    if bad:
-        return f"{bad:,} of {len(flat):,} weights are not finite"
-    huge = float(flat.abs().max())
-    return f"a weight of {huge:.3g} is greater than {LARGEST_WEIGHT:,}" if huge > LARGEST_WEIGHT else ""
+    return (
+        f"{bad:,} of {len(flat):,} weights are not finite"
+        if bad
+        else f"a weight is {huge:.3g}, over {LARGEST_WEIGHT:,}"
+    )
 
 
 def _row(entry: Found, member: int, task: str | None) -> dict[str, Any]:

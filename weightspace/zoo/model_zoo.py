@@ -330,8 +330,10 @@ class ZooWriter:
         """Whether a shard was written completely (its table of rows is written last)."""
         return self._part(shard).exists()
 
-    def write(self, shard: int, checkpoints: Checkpoints) -> None:
-        """Write one shard: weights first, then its rows."""
+    def write(self, shard: int, checkpoints: Checkpoints, digests: Sequence[str] | None = None) -> None:
+        """Write one shard: weights first, then its rows (and their digests, where they are known)."""
+        if digests is None:
+            digests = list(map(digest, checkpoints.flat().cpu().numpy()))
         file = write_tensors(self.folder / shard_name(shard), checkpoints.weights)
         frame = checkpoints.frame.assign(
             shard=shard, row=np.arange(len(checkpoints)), digest=list(map(digest, checkpoints.flat().cpu().numpy()))

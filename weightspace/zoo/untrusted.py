@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from weightspace.networks.fitting import WRAPPERS
+from weightspace.networks.fitting import WRAPPERS, natural
 
 LARGEST_FILE = 16 * 2**30
 """Bytes of the largest file that is read."""
@@ -58,7 +58,8 @@ def read_saved(path: Path) -> Any:
     size = _size(path, LARGEST_FILE)
     try:
         if path.suffix == ".safetensors":
-            return load_safetensors(path.read_bytes())
+            content = load_safetensors(path.read_bytes())
+            return {name: content[name] for name in sorted(content, key=natural)}  # the format has no order
         _check_records(path, size)
         with warnings.catch_warnings(action="ignore"):  # of old formats
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +29,14 @@ EPOCH = re.compile(r"[._-]*(?:epochs?|ep|checkpoint|ckpt|step)[._=-]*(\d+)$", re
 
 
 def files_of(root: Path) -> list[Path]:
-    """The files of weights below a folder, in natural order; links are left out."""
-    found = [
-        path
-        for path in root.rglob("*")
-        if path.suffix in ENDINGS
-        and path.is_file()
-        and not path.is_symlink()
-        and path.resolve().is_relative_to(root.resolve())
-    ]
-    return sorted(found, key=lambda path: natural(str(path.relative_to(root))))
+    """The files of weights below a folder, in natural order; links are not followed."""
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(ENDINGS) and not os.path.islink(path):
+                found.append(os.path.relpath(path, root))
+    return [root / name for name in sorted(found, key=natural)]
 
 
 def detects(root: Path) -> bool:
