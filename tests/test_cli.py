@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,3 +334,43 @@ def test_every_field_of_every_config_is_read() -> None:
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             for entry in dataclasses.fields(kind):
                 assert re.search(rf"\.{entry.name}\b", source), f"{kind.__name__}.{entry.name} is never read"
+
+
+@pytest.mark.slow
+def test_every_command_works_on_an_imported_zoo(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("zoo", "export", finished / "zoo", "--layout", "ray-tune", "--out", tmp_path / "ray")
+    for params in (tmp_path / "ray").glob("*/params.json"):  # others know no splits, no seeds and no task
+        content = json.loads(params.read_text())
+        kept = {key: value for key, value in content.items() if key not in ("split", "seed", "task")}
+        params.write_text(json.dumps(kept))
+    zoo, rep = tmp_path / "zoo", tmp_path / "rep"
+    run("zoo", "import", tmp_path / "ray", "--out", zoo, "--task", "digits", "--epochs", 1, 2)
+    assert "members       18 (test 4, train 12, val 2)" in capsys.readouterr().out
+    sizes = ["--autoencoder.width", 16, "--autoencoder.layers", 1, "--autoencoder.heads", 2]
+    steps = ["--pretrain.steps", 2, "--pretrain.validate-every", 2, "--pretrain.epochs", 1, 2]
+    run("pretrain", zoo, "--out", rep, *steps, *sizes)
+    run("probe", zoo, rep, "--out", tmp_path / "probe", "--properties", "all")
+    run("reconstruct", zoo, rep, "--out", tmp_path / "reconstruct")
+    run("generate", zoo, rep, "--out", tmp_path / "generate", "--anchors", 4, "--networks", 4)
+    run("embed", zoo, rep, "--out", tmp_path / "embed")
+    run("zoo", "verify", zoo)
+    told = capsys.readouterr()
+    assert "has no split unseen: left out" in told.err and "is intact" in told.out
+    run("zoo", "import", tmp_path / "ray", "--out", tmp_path / "nameless")
+    run("reconstruct", tmp_path / "nameless", rep, "--out", tmp_path / "none", code=2)
+    assert "this zoo was imported without --task" in capsys.readouterr().err
+
+
+def test_damaged_zoos_are_repaired(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished / "zoo", tmp_path / "zoo")
+    shard = tmp_path / "zoo" / "weights-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    run("zoo", "verify", tmp_path / "zoo", code=1)
+    assert "--repair keeps every intact checkpoint" in capsys.readouterr().err
+    run("zoo", "verify", tmp_path / "zoo", "--repair")
+    assert "lost: 1; the damaged zoo is now" in capsys.readouterr().out
+    run("zoo", "verify", tmp_path / "zoo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -364,3 +365,44 @@ def test_check_numeric_names_what_cannot_be_predicted(tiny_zoo: ModelZoo) -> Non
     for wrong in ("accuracy", "init"):  # missing, not a number
         with pytest.raises(UserError, match=rf"no numeric property {wrong}; the zoo has member, .*test_acc"):
             check_numeric(tiny_zoo.frame, ["gap", wrong])
+
+
+# the documented format
+
+
+def documented_reader() -> Callable[..., Any]:
+    """The reader of docs/format.md."""
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "weightspace" not in code and len(code.splitlines()) <= 24
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["read_zoo"]
+
+
+def test_the_documented_reader_reads(tiny_zoo: ModelZoo) -> None:
+    rows, weights = documented_reader()(tiny_zoo.folder, "epoch == 2 and split == 'train'")
+    expected = tiny_zoo.select("epoch == 2 and split == 'train'")
+    assert rows["member"].tolist() == expected.frame["member"].tolist()
+    for name, weight in expected.weights.items():
+        np.testing.assert_array_equal(weights[name], weight.numpy())
+
+
+def test_a_zoo_written_by_hand_is_a_zoo(tmp_path: Path) -> None:
+    rng, shapes = np.random.default_rng(0), {"fc1.weight": [3, 4], "fc1.bias": [3], "fc2.weight": [3, 3]}
+    shapes |= {"fc2.bias": [3], "fc3.weight": [2, 3], "fc3.bias": [2]}
+    stacked = {name: rng.normal(size=[5, *shape]).astype(np.float32) for name, shape in shapes.items()}
+    save_file({name: torch.from_numpy(value) for name, value in stacked.items()}, tmp_path / SHARDS[0])
+    flat = np.concatenate([value.reshape(5, -1) for value in stacked.values()], axis=1)
+    table = {"member": range(5), "epoch": 1, "split": "train", "task": "unknown", "shard": 0, "row": range(5)}
+    digests = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in flat]
+    pd.DataFrame(table).assign(digest=digests).to_parquet(tmp_path / "checkpoints.parquet")
+    files = [tmp_path / "checkpoints.parquet", tmp_path / SHARDS[0]]
+    described = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    network = {"name": "MLP", "arguments": {"size": 2, "hidden": 3, "classes": 2}}
+    content = {"schema_version": 1, "architecture": network, "parameters": shapes, "tasks": ["unknown"]}
+    content |= {"files": described, "fingerprint": "mine", "provenance": {}}
+    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    assert verify(tmp_path) == []
+    zoo = ModelZoo.open(tmp_path)
+    np.testing.assert_array_equal(zoo.read(zoo.frame).flat().numpy(), flat)
