@@ -6,6 +6,7 @@ is and what to do.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -257,6 +258,8 @@ def read_array(path: Path) -> np.ndarray[Any, Any]:
     return array
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Errors that are not an archive's fault."""
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -302,8 +305,8 @@ def unpack(archive: Path, folder: Path, most: int) -> list[str]:
     except FileExistsError as error:
         raise Unreadable(f"holds {error.filename} twice") from None
     except Exception as error:  # a damaged archive makes the libraries raise anything
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise Unreadable(f"damaged, or no archive ({type(error).__name__}: {error})") from None
     return skipped
 
