@@ -1,0 +1,105 @@
+"""Whatever moment a process dies at, the same command ends in the same bytes.
+
+A death is raised where a file is about to be put in its place, or was just put there: between two of these moments
+nothing on disk changes but partial files, which are litter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weightspace.config import (
+    SCALES,
+    AutoencoderConfig,
+    Experiment,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ZooConfig,
+)
+from weightspace.experiment import pretrain_stage, zoo_stage
+from weightspace.studies import run_study
+from weightspace.zoo import population
+from weightspace.zoo.model_zoo import ModelZoo
+
+CPU = torch.device("cpu")
+CHANCE = {".lock", "environment.json"}
+"""Files that say when or where, not what."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the pages, whose figures are drawn again at every start."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in found.items() if path.name not in CHANCE and "report/" not in name
+    }
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, share: float, work: Callable[[], Any], seed: int = 0) -> int:
+    """Do some work that dies at a share of its writes, as often as it takes; how often it died."""
+    replace, chance = os.replace, random.Random(seed)
+
+    def dies(*paths: Any, **names: Any) -> None:
+        moment = chance.random()
+        if moment < share / 2:
+            raise KeyboardInterrupt
+        replace(*paths, **names)
+        if moment < share:
+            raise KeyboardInterrupt
+
+    deaths = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        while True:
+            try:
+                work()
+                return deaths
+            except KeyboardInterrupt:
+                deaths += 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_population(tiny_config: ZooConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(population, "UNIT", 5)
+    zoo_stage(tmp_path / "whole", tiny_config, 0, CPU)
+    deaths = dying(monkeypatch, 0.4, lambda: zoo_stage(tmp_path / "parts", tiny_config, 0, CPU), seed)
+    assert deaths > 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_representation(tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    config = PretrainConfig(epochs=(1, 2), steps=6, batch_size=4, validate_every=2, probes=("test_acc",))
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=16, latent=8, components=2)
+
+    def work(folder: Path) -> None:
+        pretrain_stage(folder, tiny_zoo, config, LossConfig(queries=8), size, 0, CPU)
+
+    work(tmp_path / "whole")
+    deaths = dying(monkeypatch, 0.3, lambda: work(tmp_path / "parts"), seed)
+    assert deaths > 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightspace.studies.make_study_report", lambda folder: folder)  # tested where it is made
+    base: Experiment = SCALES["smoke"]("digits")
+    tiny = dataclasses.replace(
+        base,
+        zoo=dataclasses.replace(base.zoo, epochs=1, save_epochs=(0, 1), workers=1, group=8),
+        pretrain=dataclasses.replace(base.pretrain, steps=2, epochs=(1,), validate_every=1, batch_size=4),
+        generate=GenerateConfig(anchors=3, networks=3, bandwidths=(0.1,)),
+    )
+    run_study("queries", tiny, tmp_path / "whole", CPU)
+    deaths = dying(monkeypatch, 0.1, lambda: run_study("queries", tiny, tmp_path / "parts", CPU))
+    assert deaths > 2
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
