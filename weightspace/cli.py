@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -28,6 +28,12 @@ from weightspace.config import (
     ZooConfig,
 )
 from weightspace.runs import RunFailed, UserError, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightspace.hyperrep.representation import HyperRepresentation
+    from weightspace.zoo.model_zoo import ModelZoo
 
 Config = TypeVar("Config")
 Inline = Annotated[Config, tyro.conf.arg(name="")]
@@ -237,8 +243,8 @@ class Embed:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Predict properties from embeddings, beside weight statistics and raw weights: on test, unseen and other zoos."""
+class Downstream:
+    """What every use of representations on a zoo is given."""
 
     zoo: Folder
     """folder of the zoo"""
@@ -246,64 +252,60 @@ class Probe:
     """folders of representations"""
     out: Path
     """output folder"""
+    device: Device = "auto"
+
+    def opened(self) -> tuple[ModelZoo, dict[str, HyperRepresentation], torch.device]:
+        """The zoo, the representations by name, and the device on which they are."""
+        from weightspace.experiment import choose_device, load_representations
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        device = choose_device(self.device)
+        return ModelZoo.open(self.zoo), load_representations(self.representations, device), device
+
+
+@dataclass(frozen=True)
+class Probe(Downstream):
+    """Predict properties from embeddings, beside weight statistics and raw weights: on test, unseen and other zoos."""
+
     config: Inline[ProbeConfig] = field(default_factory=lambda: DEFAULT.probe)
     others: tuple[Path, ...] = ()
     """folders of other zoos of the same base network on which the probes are scored too"""
-    device: Device = "auto"
 
     def __call__(self) -> None:
-        from weightspace.experiment import choose_device, load_representations, probe_stage
+        from weightspace.experiment import probe_stage
         from weightspace.zoo.model_zoo import ModelZoo
 
-        loaded = load_representations(self.representations, choose_device(self.device))
+        zoo, representations, _ = self.opened()
         others = {folder.resolve().name: ModelZoo.open(folder) for folder in self.others}
-        show(probe_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, others))
+        show(probe_stage(self.out, zoo, representations, self.config, others))
 
 
 @dataclass(frozen=True)
-class Reconstruct:
+class Reconstruct(Downstream):
     """Reconstruct held-out checkpoints and score them: agreement, floor, skill, identity, fidelity."""
 
-    zoo: Folder
-    """folder of the zoo"""
-    representations: Folders
-    """folders of representations"""
-    out: Path
-    """output folder"""
     config: Inline[ReconstructConfig] = field(default_factory=lambda: DEFAULT.reconstruct)
-    device: Device = "auto"
 
     def __call__(self) -> None:
-        from weightspace.experiment import choose_device, load_representations, reconstruct_stage
-        from weightspace.zoo.model_zoo import ModelZoo
+        from weightspace.experiment import reconstruct_stage
 
-        device = choose_device(self.device)
-        loaded = load_representations(self.representations, device)
-        show(reconstruct_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, device))
+        zoo, representations, device = self.opened()
+        show(reconstruct_stage(self.out, zoo, representations, self.config, device))
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Generate networks (NAME.safetensors and NAME.json), scored beside the baselines."""
+class Generate(Downstream):
+    """Generate networks (NAME.safetensors and NAME.json) from the best training members, beside the baselines."""
 
-    zoo: Folder
-    """folder of the zoo; its best training members are the anchors"""
-    representations: Folders
-    """folders of representations"""
-    out: Path
-    """output folder"""
     config: Inline[GenerateConfig] = field(default_factory=lambda: DEFAULT.generate)
     seed: int = 0
     """seed of the samples"""
-    device: Device = "auto"
 
     def __call__(self) -> None:
-        from weightspace.experiment import choose_device, generate_stage, load_representations
-        from weightspace.zoo.model_zoo import ModelZoo
+        from weightspace.experiment import generate_stage
 
-        device = choose_device(self.device)
-        loaded = load_representations(self.representations, device)
-        show(generate_stage(self.out, ModelZoo.open(self.zoo), loaded, self.config, self.seed, device))
+        zoo, representations, device = self.opened()
+        show(generate_stage(self.out, zoo, representations, self.config, self.seed, device))
 
 
 @dataclass(frozen=True)
