@@ -687,14 +687,14 @@ def test_histograms_hold_every_network_once() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("count", [3, 14])
-@pytest.mark.parametrize("swept", [False, True])
-def test_panels_fit_their_page(count: int, swept: bool) -> None:
+@pytest.mark.parametrize(("swept", "shown", "columns"), [(False, 4, 2), (False, 6, 3), (True, 6, 3)])
+def test_panels_fit_their_page(count: int, swept: bool, shown: int, columns: int) -> None:
     frame = variants(count, tuple(range(1, count + 1)) if swept else None, ("test", "unseen"))
-    metrics = [f"metric {i}" for i in range(6)]
+    metrics = [f"metric {i}" for i in range(shown)]
     drawn = figures.study_panels(pd.concat([frame.assign(metric=metric) for metric in metrics]), metrics)
     with matplotlib.rc_context(figures.RC):
         drawn.draw_without_rendering()
-    assert min(axes.get_position().width for axes in drawn.axes) > 0.7 / (3 if swept else 2)
+    assert min(axes.get_position().width for axes in drawn.axes) > 0.7 / columns
     boxes = [axes.get_tightbbox() for axes in drawn.axes]
     for i, box in enumerate(boxes):
         assert box is not None and drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1 + 1
