@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from weightspace.cli import main
 from weightspace.config import (
     SCALES,
     AutoencoderConfig,
@@ -28,6 +31,7 @@ from weightspace.config import (
 from weightspace.experiment import pretrain_stage, zoo_stage
 from weightspace.studies import run_study
 from weightspace.zoo import population
+from weightspace.zoo.exporting import export_zoo
 from weightspace.zoo.model_zoo import ModelZoo
 
 CPU = torch.device("cpu")
@@ -87,6 +91,36 @@ def test_a_representation(tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytes
     deaths = dying(monkeypatch, 0.3, lambda: work(tmp_path / "parts"), seed)
     assert deaths > 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk(tiny_zoo: ModelZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files may not grow beyond a limit, which the operating system enforces at any byte of any file."""
+    export_zoo(tiny_zoo, tmp_path / "files", "directory")
+    tiny = "--pretrain.epochs 1 2 --pretrain.steps 4 --pretrain.batch_size 4 --autoencoder.components 2"
+    commands = [
+        ["zoo", "import", str(tmp_path / "files")],
+        ["zoo", "export", str(tiny_zoo.folder), "--layout", "ray-tune"],
+        ["pretrain", str(tiny_zoo.folder), *tiny.split()],
+    ]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for i, command in enumerate(commands):
+        main([*command, "--out", str(tmp_path / f"whole{i}")])
+        parts, failures = tmp_path / f"parts{i}", 0
+        for power in range(5, 32, 3):
+            capsys.readouterr()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**power, hard))
+            try:
+                main([*command, "--out", str(parts)])
+                break
+            except SystemExit as error:
+                assert error.code == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            failures += 1
+            message = capsys.readouterr().err
+            assert re.search(rf"File too large \({parts}/.*what was finished is kept", message), message
+        assert failures > 1
+        assert contents(parts) == contents(tmp_path / f"whole{i}")
 
 
 @pytest.mark.slow

@@ -60,6 +60,10 @@ def atomic(path: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(partial, 0o666 & ~umask)  # as any file the user makes; some writers make theirs private
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # a full disk does not say where
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

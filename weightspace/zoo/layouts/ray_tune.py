@@ -8,6 +8,7 @@ ROOT/NN_tune_trainable_*/params.json      hyperparameters of a member
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -154,8 +155,10 @@ def write(folder: Path, member: int, checkpoints: Checkpoints) -> None:
     rows = {int(row["epoch"]): {name: plain(row[name]) for name in varying} for row in frame.to_dict("records")}
     lines = [{"training_iteration": epoch, **rows.get(epoch, {})} for epoch in range(max(rows) + 1)]
     for row, epoch in enumerate(frame["epoch"]):
+        content = io.BytesIO()  # torch's own writer of files does not say that the disk is full
+        torch.save({keys[name]: weight[row].clone() for name, weight in checkpoints.weights.items()}, content)
         with atomic(trial / f"checkpoint_{epoch:06d}" / "checkpoints") as path:
-            torch.save({keys[name]: weight[row].clone() for name, weight in checkpoints.weights.items()}, path)
+            path.write_bytes(content.getbuffer())
     write_text(trial / RESULT_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     write_json(trial / PARAMS_FILE, params)  # last: without it, a folder is no trial
 
