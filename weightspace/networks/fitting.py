@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from weightspace.networks.architectures import NETWORKS, Architecture
@@ -36,13 +37,15 @@ class Fit:
     """parameter -> name of its tensor in the state_dict"""
 
 
-def natural(name: str) -> list[tuple[bool, int, str]]:
+@lru_cache(maxsize=4096)
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sort key by which module_list.10 comes after module_list.9.
 
     >>> sorted(["b.10", "b.9", "a"], key=natural)
     ['a', 'b.9', 'b.10']
     """
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name) if part]
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)
 
 
 def bare(names: Sequence[str]) -> dict[str, str]:

@@ -7,13 +7,16 @@ after the shards that are there and ends in the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,17 @@ from weightspace import runs
 from weightspace.config import ImportConfig, check
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints, unflatten
-from weightspace.networks.fitting import Fit, Misfit, fit
-from weightspace.runs import RunFailed, UserError, derive_seed, fingerprint, progress, read_lines, write_lines
+from weightspace.networks.fitting import Fit, Misfit, Shapes, fit
+from weightspace.runs import (
+    RunFailed,
+    UserError,
+    derive_seed,
+    fingerprint,
+    progress,
+    read_lines,
+    write_lines,
+    write_text,
+)
 from weightspace.tasks.images import UNKNOWN_TASK, load_task
 from weightspace.zoo.layouts import directory, hub, ray_tune, samples, small_cnn
 from weightspace.zoo.layouts.found import Found, Layout
@@ -96,7 +108,8 @@ def import_zoo(source: str, folder: Path, config: ImportConfig, seed: int = 0) -
                 try:
                     found = _listed(_local(source, folder, config), config)
                     _check_unchanged(folder, found)
-                    _read(found, folder, config, seed, source)
+                    with warnings.catch_warnings(action="ignore"):  # of torch, about files in old formats
+                        _read(found, folder, config, seed, source)
                 except UserError:
                     if not any(folder.glob("*/part-*")):  # nothing is lost: the folder is free for another try
                         _clear(folder)
@@ -202,8 +215,7 @@ class _Zoos:
         self.writers: dict[str, ZooWriter] = {}
         self.seen: set[str] = set()
 
-    def writer(self, architecture: Architecture) -> ZooWriter:
-        name = name_of(architecture)
+    def writer(self, name: str, architecture: Architecture) -> ZooWriter:
         if name not in self.writers:
             self.writers[name] = ZooWriter(self.folder / name, architecture, self.provenance)
         return self.writers[name]
@@ -216,92 +228,134 @@ def name_of(architecture: Architecture) -> str:
     return "-".join([short, *values, fingerprint(architecture.to_json())[:6]])
 
 
-Fits = dict[Any, tuple[str, Fit] | Misfit]
-"""What tensors of some names and shapes were found to be: the name of their zoo and the fit."""
+Fits = dict[Any, tuple[str, Fit] | str]
+"""What tensors of some names and shapes were found to be: the name of their zoo and the fit, or why there is none."""
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Network:
+    """One checkpoint of the source that fits a base network."""
+
+    zoo: str
+    architecture: Architecture
+    flat: Tensor
+    digest: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Shard:
     """What one shard of one zoo will hold."""
 
     architecture: Architecture
-    flat: list[Tensor]
-    rows: list[dict[str, Any]]
-    digests: list[str]
+    networks: list[_Network] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, source: str) -> None:
     """Read everything, unit by unit, and finish the zoos."""
     members = {name: number for number, name in enumerate(dict.fromkeys(entry.member for entry in found))}
     zoos = _Zoos(folder, config, source)
-    fits: Fits = {}
+    given, fits = arguments_of(config), {}
     shards: dict[str, list[int]] = {}
-    start, unit = 0, 0
-    with progress("import: checkpoints", len(found)) as advance:
-        while start < len(found):
-            lines_file = folder / f"report-{unit:05d}.jsonl"
-            if lines_file.exists():  # of an import that was interrupted
-                lines = read_lines(lines_file)
+    reasons: Counter[str] = Counter()
+    done = 0
+
+    def report_of(unit: int) -> Path:
+        return folder / f"report-{unit:05d}.jsonl"
+
+    def add(unit: int, lines: list[dict[str, Any]]) -> None:
+        nonlocal done
+        done += len(lines)
+        for line in lines:
+            if line["status"] == "skipped":
+                reasons[line["reason"]] += 1
             else:
-                lines = _read_unit(found[start:], zoos, fits, members, unit)
-                write_lines(lines_file, lines)
-            for line in lines:
-                if line["status"] == "read":
-                    zoos.seen.add(line["digest"])
-                    name = zoos.writer(Architecture(**line["architecture"])).folder.name
-                    if unit not in shards.setdefault(name, []):
-                        shards[name].append(unit)
-            start, unit = start + len(lines), unit + 1
-            advance(len(lines))
-    lines = [line for number in range(unit) for line in read_lines(folder / f"report-{number:05d}.jsonl")]
-    _finish(zoos, shards, lines, config, seed)
+                zoos.seen.add(line["digest"])
+                if unit not in shards.setdefault(line["zoo"], []):
+                    shards[line["zoo"]].append(unit)
+                    zoos.writer(line["zoo"], Architecture(**line["architecture"]))
+        advance(len(lines))
+
+    def write(unit: int, lines: list[dict[str, Any]], kept: Mapping[str, _Shard]) -> None:
+        for name, shard in kept.items():
+            _write(shard, zoos.writers[name], unit, config)
+        write_lines(report_of(unit), lines)
+
+    with progress("import: checkpoints", len(found)) as advance, ThreadPoolExecutor(2) as pool:
+        for unit in itertools.count():
+            if not report_of(unit).exists():
+                break
+            add(unit, read_lines(report_of(unit)))  # of an import that was interrupted
+        rest = found[done:]
+        networks = _ahead(pool, lambda entry: _network(entry, config.network, given, fits), rest)
+        pairs, writing = zip(rest, networks, strict=True), pool.submit(lambda: None)
+        while done < len(found):
+            lines, kept = _unit(pairs, zoos, members)
+            add(unit, lines)
+            writing.result()  # one shard is written while the next is read
+            writing = pool.submit(write, unit, lines, kept)
+            unit += 1
+        writing.result()
+    write_text(folder / REPORT_FILE, "".join(report_of(number).read_text(encoding="utf-8") for number in range(unit)))
+    _finish(zoos, shards, reasons, seed)
 
 
-def _read_unit(
-    found: Sequence[Found],
-    zoos: _Zoos,
-    fits: Fits,
-    members: Mapping[str, int],
-    unit: int,
-) -> list[dict[str, Any]]:
-    """Read checkpoints until a shard is full; write a shard per architecture; a line of the report each."""
+def _ahead(
+    pool: Executor, work: Callable[[Found], _Network | str], entries: Sequence[Found]
+) -> Iterator[_Network | str]:
+    """The results of some work in order; a few groups of at most an eighth of a shard are made ahead."""
+    waiting = deque[Future[list[_Network | str]]]()
+    start, size = 0, 1
+    while start < len(entries) or waiting:
+        while start < len(entries) and len(waiting) < 3:
+            waiting.append(pool.submit(lambda group: [work(entry) for entry in group], entries[start : start + size]))
+            start += size
+        group = waiting.popleft().result()
+        yield from group
+        largest = max((network.flat.nbytes for network in group if isinstance(network, _Network)), default=0)
+        size = min(max(UNIT_BYTES // (8 * largest), 1), 64) if largest else 1
+
+
+def _unit(
+    pairs: Iterator[tuple[Found, _Network | str]], zoos: _Zoos, members: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], dict[str, _Shard]]:
+    """Take checkpoints until a shard is full: a line of the report each, and what is kept, by zoo."""
     config, lines, taken = zoos.config, [], 0
-    kept: dict[str, _Kept] = {}
-    for entry in found:
+    kept: dict[str, _Shard] = {}
+    for entry, network in pairs:
         line: dict[str, Any] = {"member": entry.member, "epoch": entry.epoch, "path": entry.path, "status": "skipped"}
         if entry.notes:
             line["notes"] = list(entry.notes)
         lines.append(line)
-        try:
-            name, architecture, weights = _weights(entry, config, fits)
-        except (Unreadable, Misfit) as error:
-            line["reason"] = str(error)
+        if isinstance(network, str):
+            line["reason"] = network
             continue
-        flat = torch.cat([weight.flatten() for weight in weights.values()])
-        taken += flat.nbytes
-        line["digest"] = digest(flat.numpy())
-        problem = _problem(flat)
-        if problem:
-            line["reason" if not config.keep_unusable else "warning"] = problem
-        if line["digest"] in zoos.seen and entry.epoch != 0:  # members that start alike are alike at epoch 0
+        line["digest"] = network.digest
+        if network.problem:
+            line["reason" if not config.keep_unusable else "warning"] = network.problem
+        if network.digest in zoos.seen and entry.epoch != 0:  # members that start alike are alike at epoch 0
             text = "the same weights were read before"
             line["reason" if not config.keep_duplicates else "warning"] = text
         if "reason" not in line:
-            line |= {"status": "read", "architecture": architecture.to_json()}
-            zoos.seen.add(line["digest"])
-            own = kept.setdefault(name, _Kept(architecture, [], [], []))
-            own.flat.append(flat)
-            own.rows.append(_row(entry, members[entry.member], config.task))
-            own.digests.append(line["digest"])
+            line |= {"status": "read", "zoo": network.zoo, "architecture": network.architecture.to_json()}
+            zoos.seen.add(network.digest)
+            shard = kept.setdefault(network.zoo, _Shard(network.architecture))
+            shard.networks.append(network)
+            shard.rows.append(_row(entry, members[entry.member], config.task))
+        taken += network.flat.nbytes
         if taken >= UNIT_BYTES:
             break
-    for own in kept.values():
-        weights = unflatten(own.architecture, torch.stack(own.flat))
-        checkpoints = Checkpoints(own.architecture, weights, tidy(pd.DataFrame(own.rows)))
-        if config.score:
-            checkpoints = _scored(checkpoints, config.task)
-        zoos.writer(own.architecture).write(unit, checkpoints, own.digests)
-    return lines
+    return lines, kept
+
+
+def _write(shard: _Shard, writer: ZooWriter, unit: int, config: ImportConfig) -> None:
+    """Write one shard of one zoo."""
+    weights = unflatten(shard.architecture, torch.stack([network.flat for network in shard.networks]))
+    checkpoints = Checkpoints(shard.architecture, weights, tidy(pd.DataFrame(shard.rows)))
+    if config.score:
+        checkpoints = _scored(checkpoints, config.task)
+    writer.write(unit, checkpoints, [network.digest for network in shard.networks])
 
 
 def _scored(checkpoints: Checkpoints, task: str | None) -> Checkpoints:
@@ -330,29 +384,32 @@ def _one_type(values: pd.Series) -> pd.Series:
     return values.where(values.isna(), values.astype(str)).astype(object).where(values.notna(), None)
 
 
-def _weights(entry: Found, config: ImportConfig, fits: Fits) -> tuple[str, Architecture, dict[str, Tensor]]:
-    """The name of its zoo, its base network and the weights of one checkpoint under that network's names, as float32.
-
-    Raises:
-        Unreadable, Misfit: it cannot be read, or does not fit.
-    """
-    state = entry.load()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    network = config.network or entry.network
-    arguments = {**entry.arguments, **arguments_of(config)}
-    key = (tuple(shapes.items()), network, json.dumps(arguments, sort_keys=True, default=str))
-    if key not in fits:
-        try:
-            fitted = fit(shapes, network, arguments)
-            fits[key] = (name_of(fitted.architecture), fitted)
-        except (Misfit, UserError) as problem:
-            fits[key] = Misfit(str(problem))
+def _network(entry: Found, network: str | None, arguments: Mapping[str, Any], fits: Fits) -> _Network | str:
+    """One checkpoint as float32 under the names of its base network; or why it cannot be read or does not fit."""
+    try:
+        state = entry.load()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        network, arguments = network or entry.network, {**entry.arguments, **arguments}
+        key = (tuple(shapes.items()), network, repr(arguments))
+        if key not in fits:
+            fits[key] = _fitted(shapes, network, arguments)
+    except (Unreadable, Misfit) as problem:
+        return str(problem)
     known = fits[key]
-    if isinstance(known, Misfit):
-        raise known
+    if isinstance(known, str):
+        return known
     name, fitted = known
-    weights = {ours: state[theirs].detach().to(torch.float32) for ours, theirs in fitted.names.items()}
-    return name, fitted.architecture, weights
+    flat = torch.cat([state[theirs].detach().to(torch.float32).flatten() for theirs in fitted.names.values()])
+    return _Network(name, fitted.architecture, flat, digest(flat.numpy()), _problem(flat))
+
+
+def _fitted(shapes: Shapes, network: str | None, arguments: Mapping[str, Any]) -> tuple[str, Fit] | str:
+    """The name of the zoo and the fit of tensors of these shapes; or why they do not fit."""
+    try:
+        fitted = fit(shapes, network, arguments)
+    except (Misfit, UserError) as problem:
+        return str(problem)
+    return name_of(fitted.architecture), fitted
 
 
 def _problem(flat: Tensor) -> str:
@@ -380,24 +437,21 @@ def _row(entry: Found, member: int, task: str | None) -> dict[str, Any]:
     return {**own, "source": entry.member, **said}
 
 
-def _finish(
-    zoos: _Zoos, shards: Mapping[str, list[int]], lines: list[dict[str, Any]], config: ImportConfig, seed: int
-) -> None:
+def _finish(zoos: _Zoos, shards: Mapping[str, list[int]], reasons: Counter[str], seed: int) -> None:
     """Say what was read; divide the members; describe the zoos; where there is one, make it the folder itself."""
-    folder = zoos.folder
-    skipped = [line for line in lines if line["status"] == "skipped"]
-    reasons = Counter(line["reason"] for line in skipped)
-    write_lines(folder / REPORT_FILE, lines)
+    folder, config = zoos.folder, zoos.config
     told = [f"{count:,} skipped: {reason}" for reason, count in reasons.most_common(5)]
     told += [f"... and for {len(reasons) - 5} more reasons"] if len(reasons) > 5 else []
     if not shards:
-        raise UserError(f"none of {len(lines):,} checkpoints can be used:\n" + "\n".join(f"  {text}" for text in told))
+        raise UserError(
+            f"none of {reasons.total():,} checkpoints can be used:\n" + "\n".join(f"  {text}" for text in told)
+        )
     for text in told:
         runs.notice(f"{text} ({folder / REPORT_FILE})")
     several = [str(zoos.writers[name].architecture) for name in shards]
-    if config.strict and (skipped or len(shards) > 1):
+    if config.strict and (reasons or len(shards) > 1):
         raise RunFailed(
-            f"--strict: {len(skipped):,} checkpoints were skipped, {len(shards)} architectures are there "
+            f"--strict: {reasons.total():,} checkpoints were skipped, {len(shards)} architectures are there "
             f"({'; '.join(several)}); all of it is in {folder / REPORT_FILE}; without --strict the import goes on"
         )
     for name, numbers in shards.items():

@@ -335,9 +335,7 @@ class ZooWriter:
         if digests is None:
             digests = list(map(digest, checkpoints.flat().cpu().numpy()))
         file = write_tensors(self.folder / shard_name(shard), checkpoints.weights)
-        frame = checkpoints.frame.assign(
-            shard=shard, row=np.arange(len(checkpoints)), digest=list(map(digest, checkpoints.flat().cpu().numpy()))
-        )
+        frame = checkpoints.frame.assign(shard=shard, row=np.arange(len(checkpoints)), digest=digests)
         frame.attrs = {"file": file}
         with atomic(self._part(shard)) as path:
             frame.to_parquet(path, index=False)

@@ -15,7 +15,6 @@ import pickletools
 import re
 import stat
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -62,8 +61,7 @@ def read_saved(path: Path) -> Any:
             content = load_safetensors(path.read_bytes())
             return {name: content[name] for name in sorted(content, key=natural)}  # the format has no order
         _check_records(path, size)
-        with warnings.catch_warnings(action="ignore"):  # of old formats
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes the libraries raise anything

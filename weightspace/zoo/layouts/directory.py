@@ -28,20 +28,18 @@ EPOCH = re.compile(r"[._-]*(?:epochs?|ep|checkpoint|ckpt|step)[._=-]*(\d+)$", re
 """What the end of a file's name says of its epoch: net3_epoch_12, ckpt-12."""
 
 
-def files_of(root: Path) -> list[Path]:
-    """The files of weights below a folder, in natural order; links are not followed."""
-    found = []
+def files_of(root: Path) -> Iterator[str]:
+    """The files of weights below a folder, relative to it; links are not followed."""
     for folder, _, names in os.walk(root):
+        inside = os.path.relpath(folder, root)
         for name in names:
-            path = os.path.join(folder, name)
-            if name.endswith(ENDINGS) and not os.path.islink(path):
-                found.append(os.path.relpath(path, root))
-    return [root / name for name in sorted(found, key=natural)]
+            if name.endswith(ENDINGS) and not os.path.islink(os.path.join(folder, name)):
+                yield name if inside == "." else f"{inside}/{name}"
 
 
 def detects(root: Path) -> bool:
     """Whether there is a file of weights below a folder."""
-    return bool(files_of(root))
+    return any(True for _ in files_of(root))
 
 
 def read(root: Path) -> Iterator[Found]:
@@ -53,10 +51,9 @@ def read(root: Path) -> Iterator[Found]:
         Unreadable: several tables, or one without a column that names the files.
     """
     known, listed = _properties(root)
-    for path in files_of(root):
-        name = str(path.relative_to(root))
-        said = known.get(name, known.get(path.name, known.get(path.stem, {})))
-        member, epoch = _of_name(path.relative_to(root))
+    for name in sorted(files_of(root), key=natural):
+        said = known.get(name, known.get(os.path.basename(name), known.get(Path(name).stem, {})))
+        member, epoch = _of_name(name)
         if isinstance(said.get("epoch"), int | float) and math.isfinite(said["epoch"]):
             epoch = int(said["epoch"])
         own = ("member", "epoch", "split", "network", "arguments")
@@ -64,7 +61,7 @@ def read(root: Path) -> Iterator[Found]:
             member=str(said.get("member", member)),
             epoch=epoch,
             path=name,
-            load=lambda path=path: read_state(path),
+            load=lambda name=name: read_state(root / name),
             properties={key: value for key, value in said.items() if key not in own},
             network=said["network"] if isinstance(said.get("network"), str) else None,
             arguments=activation_of(said.get("activation")) | _arguments(said.get("arguments")),
@@ -82,13 +79,13 @@ def _arguments(text: Any) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _of_name(path: Path) -> tuple[str, int | None]:
+def _of_name(name: str) -> tuple[str, int | None]:
     """Member and epoch by a file's name."""
-    whole = str(path.with_suffix(""))
+    whole, _ = os.path.splitext(name)
     said = EPOCH.search(whole)
     if said is None:
         return whole, None
-    return whole[: said.start()].rstrip("/") or path.stem, int(said.group(1))
+    return whole[: said.start()].rstrip("/") or os.path.basename(whole), int(said.group(1))
 
 
 def _properties(root: Path) -> tuple[dict[str, dict[str, Any]], str]:
