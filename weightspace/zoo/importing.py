@@ -217,6 +217,7 @@ class _Zoos:
 
     def writer(self, name: str, architecture: Architecture) -> ZooWriter:
         if name not in self.writers:
+            _clear(self.folder / name, ".*.partial")  # of a process that was killed while writing
             self.writers[name] = ZooWriter(self.folder / name, architecture, self.provenance)
         return self.writers[name]
 
