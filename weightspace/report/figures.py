@@ -39,6 +39,8 @@ HYPERPARAMETERS = ("task", "init", "learning_rate", "weight_decay", "backdoor")
 """Columns of a zoo's table that tell how a member was trained."""
 WIDE = 20
 """An x that spans more than this factor has a logarithmic axis."""
+RATES = ("learning rate",)
+"""Metrics of a study whose axis is always logarithmic."""
 BINS = 30
 """Bars of a histogram."""
 HISTOGRAMS: dict[str, dict[str, Any]] = {
@@ -200,6 +202,8 @@ def study_panels(frame: pd.DataFrame, metrics: Sequence[str], x_label: str = "")
         else:
             _rows(axes, rows, names, colors, 0.0 if grouped else 0.26)
             axes.set_yticks(range(len(names)), wrapped, linespacing=0.95)
+            if metric in RATES:
+                axes.set_xscale("log", subs=())
         axes.set_title("\n".join(textwrap.wrap(label(metric), 30 if swept else 60 // columns)))
     look = {**(colors if len(colors) > 1 else {}), **(grays if swept else {})}
     handles = [
