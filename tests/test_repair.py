@@ -185,6 +185,8 @@ class Hub:
         assert settings["exist_ok"] and settings["private"] is True
         if name == "no/access":
             raise OSError("401 Client Error\nlong text")
+        if name == "no/network":
+            raise type("ConnectError", (Exception,), {})("Name or service not known")  # as of httpx
         return type("Repository", (), {"repo_id": name})()
 
     def create_commit(self, name: str, operations: list[Any], **settings: Any) -> Any:
@@ -212,6 +214,8 @@ def test_the_hub_gets_one_commit(zoo: ModelZoo, tmp_path: Path, monkeypatch: pyt
     assert ws.ModelZoo.from_hub("ada/zoo").fingerprint == zoo.fingerprint
     with pytest.raises(UserError, match=r"no/access cannot be written on the hub \(401 Client Error\)"):
         zoo.push_to_hub("no/access", private=True)
+    with pytest.raises(UserError, match=r"no/network cannot be written on the hub \(Name or service not known\)"):
+        zoo.push_to_hub("no/network", private=True)
     with pytest.raises(UserError, match=r"ada/other cannot be fetched from the hub \(404 ada/other\)"):
         HyperRepresentation.from_hub("ada/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -387,7 +387,7 @@ class Push:
     folder: Folder
     """folder of the zoo or of the representation"""
     repository: tyro.conf.Positional[str]
-    """owner/name; it is made where it is missing, with the token that `hf auth login` keeps"""
+    """owner/name, made where it is missing with the token that `hf auth login` keeps; or a new folder: ./shared"""
     private: bool = False
     """make a new repository private"""
 
@@ -396,7 +396,9 @@ class Push:
         from weightspace.zoo.model_zoo import ZOO_FILE, ModelZoo
 
         kind = ModelZoo.open if (self.folder / ZOO_FILE).is_file() else HyperRepresentation.load
-        print(f"shared: {kind(self.folder).push_to_hub(self.repository, self.private)}")
+        local = self.repository.startswith((".", "/"))
+        where = Path(self.repository) if local else self.repository
+        print(f"shared: {kind(self.folder).push_to_hub(where, self.private)}")
 
 
 COMMANDS: dict[str, type[Any]] = {

@@ -45,7 +45,6 @@ def push(
         return str(repository)
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise UserError(EXTRA) from None
     try:
@@ -57,7 +56,9 @@ def push(
             parts.append(CommitOperationAdd(CARD_FILE, card.encode()))
             told = api.create_commit(where, parts, commit_message="From weightspace", repo_type=kind)
         return str(told.commit_url)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # its own, or one of the library for the network that it uses
         hint = "`hf auth login` gives access"
         raise UserError(f"{repository} cannot be written on the hub ({reason(error)}); {hint}") from None
 
@@ -78,12 +79,11 @@ def fetch(repository: str, kind: Kind, files: Sequence[str], revision: str | Non
         return Path(repository)
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise UserError(f"{repository} is no local folder, and {EXTRA}") from None
     try:
         return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # its own, or one of the library for the network that it uses
         hint = "give a local folder instead"
         raise UserError(f"{repository} cannot be fetched from the hub ({reason(error)}); {hint}") from None
 

@@ -35,6 +35,8 @@ from weightspace.zoo.model_zoo import ModelZoo, check_numeric, usable
 STAGE = "probe"
 CLASSES = 20
 """Most values of a column of text that is taken for a category."""
+NAMES = ["split", "source", "digest"]
+"""Columns of text that say which checkpoint it is, and are no property of it."""
 SPLITS = ("train", "val", "test", "unseen")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -229,8 +231,8 @@ def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
 
 
 def text_columns(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
-    """Every column of text that all frames hold without gaps, with 2 to CLASSES values in the first; not split."""
-    first, *others = (frame.select_dtypes(exclude="number").drop(columns="split") for frame in frames)
+    """Every column of text that all frames hold without gaps, with 2 to CLASSES values in the first; no NAMES."""
+    first, *others = (frame.select_dtypes(exclude="number").drop(columns=NAMES, errors="ignore") for frame in frames)
     return tuple(
         str(name)
         for name in first

@@ -259,7 +259,10 @@ def register_network(name: str) -> None:
     try:
         made = getattr(import_module(module), factory)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"no base network {name!r} ({error}); write it as package.module:factory") from None
+        raise UserError(
+            f"no base network {name!r} ({error}); write it as package.module:factory, and where the module is not "
+            "installed, name its folder in PYTHONPATH (PYTHONPATH=. for the present one)"
+        ) from None
     if not callable(made):
         raise UserError(f"{name} is no factory of networks but a {type(made).__name__}")
     NETWORKS[name] = cast(Callable[..., nn.Module], made)

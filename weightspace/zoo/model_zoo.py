@@ -63,6 +63,10 @@ class ModelZoo:
         self.tasks: tuple[str, ...] = tuple(description["tasks"])
         """Names of the tasks that its members were trained on."""
 
+    def __repr__(self) -> str:
+        name = self.description["architecture"]["name"]
+        return f"ModelZoo({self.folder}: {len(self):,} checkpoints of {name} on {', '.join(self.tasks)})"
+
     @classmethod
     def open(cls, folder: str | Path) -> ModelZoo:
         """Open a zoo folder; sizes are checked, contents only by `verify`.
@@ -399,7 +403,10 @@ def summary(zoo: ModelZoo) -> str:
     for column in frame.columns.difference(list(REQUIRED_COLUMNS), sort=False):
         values = frame[column]
         if values.nunique() <= 8:
-            lines.append(f"{column:<14}{', '.join(str(value) for value in sorted(values.unique()))}")
+            words = [
+                f"{value:.6g}" if isinstance(value, float) else f"{value}" for value in sorted(values.dropna().unique())
+            ]
+            lines.append(f"{column:<14}{', '.join(words)}")
         elif pd.api.types.is_numeric_dtype(values):
             lines.append(f"{column:<14}{values.min():.4g} to {values.max():.4g}, median {values.median():.4g}")
     if "test_acc" in frame:
@@ -409,18 +416,21 @@ def summary(zoo: ModelZoo) -> str:
 
 def card(zoo: ModelZoo, repository: str) -> str:
     """README.md of a shared zoo: what it holds, how to load it."""
+    network = zoo.description["architecture"]["name"]
+    _, shown = summary(zoo).split("\n", 1)  # without the folder that it had
+    allowed = f'\nws.register_network("{network}")  # code of another package' if ":" in network else ""
     return f"""---
 library_name: weightspace
 tags: [model-zoo, weight-space-learning]
 ---
-# Model zoo of {zoo.description["architecture"]["name"]} on {", ".join(zoo.tasks)}
+# Model zoo of {network} on {", ".join(zoo.tasks)}
 
 ```
-{summary(zoo)}
+{shown}
 ```
 
 ```python
-import weightspace as ws
+import weightspace as ws{allowed}
 zoo = ws.ModelZoo.from_hub("{repository}")
 ```
 
