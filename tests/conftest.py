@@ -48,6 +48,7 @@ def random_checkpoints(architecture: Architecture, count: int, seed: int = 0, sc
     generator = torch.Generator().manual_seed(seed)
     shapes = architecture.shapes.items()
     weights = {name: scale * torch.randn(count, *shape, generator=generator) for name, shape in shapes}
+    weights |= {name: weight.abs() + 0.1 for name, weight in weights.items() if name.endswith("_var")}
     member = np.arange(count) // 2
     frame = pd.DataFrame(
         {

@@ -26,7 +26,7 @@ def stretched(architecture: Architecture, count: int, seed: int = 0) -> Checkpoi
     """Checkpoints whose weights vary far more along some axes than along others, around a mean that is not 0."""
     made = random_checkpoints(architecture, count, seed)
     scales = torch.logspace(0, -3, made.flat().shape[1])
-    return dataclasses.replace(made, weights=unflatten(architecture, made.flat() * scales + 0.5))
+    return dataclasses.replace(made, weights=unflatten(architecture.shapes, made.flat() * scales + 0.5))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -121,7 +121,7 @@ def test_repeated_checkpoints_add_no_component(train: Checkpoints, spectrum: Spe
 
 def test_the_spectrum_of_a_set_is_its_variance_on_its_own_components(train: Checkpoints, spectrum: Spectrum) -> None:
     torch.testing.assert_close(variance_along(train, spectrum), spectrum.variance * 23 / 24, rtol=1e-3, atol=0)
-    halved = dataclasses.replace(train, weights=unflatten(CNN8, (train.flat() + spectrum.mean) / 2))
+    halved = dataclasses.replace(train, weights=unflatten(CNN8.shapes, (train.flat() + spectrum.mean) / 2))
     torch.testing.assert_close(variance_along(halved, spectrum), spectrum.variance * 23 / 96, rtol=1e-3, atol=0)
     lost = variance_along(kept(train, spectrum, torch.arange(5)), spectrum)
     assert lost[5:].max() < 1e-6 * lost[:5].min()

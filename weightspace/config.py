@@ -25,7 +25,9 @@ class ZooConfig:
     tasks: tuple[str, ...] = ("digits",)
     """image tasks; several make a multi-task zoo, each member trained and scored on its own"""
     network: str = "CNN8"
-    """base network"""
+    """base network, one of the package or package.module:factory"""
+    arguments: tuple[str, ...] = ()
+    """arguments of the base network, as NAME=VALUE: width=16"""
     activation: str = "relu"
     """activation of the base network"""
     dropout: float = 0.0

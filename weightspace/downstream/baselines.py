@@ -41,7 +41,9 @@ class WeightPCA:
     def reconstruct(self, checkpoints: Checkpoints) -> Checkpoints:
         """Checkpoint -> scores -> checkpoint."""
         flat = self.decode(self.encode(checkpoints.flat()))
-        return Checkpoints(checkpoints.architecture, unflatten(checkpoints.architecture, flat), checkpoints.frame)
+        return Checkpoints(
+            checkpoints.architecture, unflatten(checkpoints.architecture.shapes, flat), checkpoints.frame
+        )
 
 
 def fit_pca(flat: Tensor, values: int) -> WeightPCA:

@@ -55,7 +55,7 @@ def numbered(count: int, task: str) -> pd.DataFrame:
 
 def as_checkpoints(architecture: Architecture, flat: Tensor, task: str) -> Checkpoints:
     """Vectors [n, P] as checkpoints for a task."""
-    return Checkpoints(architecture, unflatten(architecture, flat), numbered(len(flat), task))
+    return Checkpoints(architecture, unflatten(architecture.shapes, flat), numbered(len(flat), task))
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ def pretrain(
         "scales": fit_scales(train, queries, loss, config.batch_size, seed),
     }
     representation = HyperRepresentation(zoo.architecture, autoencoder_config, autoencoder, normalizer, info).to(device)
-    network = zoo.architecture.build().to(device)
+    network = behavior.runner(zoo.architecture, device)
     optimizer = OPTIMIZERS[config.optimizer](autoencoder.parameters(), config.learning_rate, config.weight_decay)
     flat = train.flat().to(device)
     val_weights = val.to(device).weights
@@ -326,7 +326,7 @@ def pretrain(
         for step in range(done, config.steps):
             rows = batch_rows(len(flat), config.batch_size, step, seed)
             generator = torch.Generator().manual_seed(derive_seed(seed, "step", step))
-            batch = unflatten(zoo.architecture, flat[rows.to(device)])
+            batch = unflatten(zoo.architecture.shapes, flat[rows.to(device)])
             autoencoder.train()
             asked = queries.draw(loss.queries, generator)
             found = step_losses(setting, batch, asked, step / config.steps, generator, config)

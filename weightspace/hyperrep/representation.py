@@ -101,8 +101,12 @@ class HyperRepresentation:
         return self.normalizer.to("cpu").normalize(self.tokenizer.tokenize(weights).x)
 
     def weights(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Stacked weights {name: [n, *shape]} of normalized tokens [n, T, D]; the inverse of `tokens`."""
-        return self.tokenizer.detokenize(self.normalizer.denormalize(tokens))
+        """Stacked weights {name: [n, *shape]} of normalized tokens [n, T, D]; the inverse of `tokens`.
+
+        Running variances below zero, which no network has, become zero.
+        """
+        weights = self.tokenizer.detokenize(self.normalizer.denormalize(tokens))
+        return weights | {name: weights[name].clamp(min=0) for name in self.tokenizer.variances}
 
     @torch.no_grad()
     def embed(self, checkpoints: Checkpoints) -> Embeddings:

@@ -1,71 +1,24 @@
-"""Base networks. Each declares its permutation groups beside its layers; adding one is one class here."""
+"""Base networks; adding one is one class. Their symmetries are found by tracing them (`networks.tracing`)."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weightspace.networks.activations import activation_named
+from weightspace.networks.residual import MLPMixer, ResNet18, ViT
 from weightspace.runs import UserError
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-}
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of one parameter that a permutation group acts on."""
-
-    parameter: str
-    dim: int
-    repeat: int = 1
-    """Consecutive entries that belong to one unit, as after flattening a feature map."""
-
-
-@dataclass(frozen=True)
-class PermutationGroup:
-    """Hidden units that can be reordered without changing the function, and every axis that has to follow."""
-
-    size: int
-    axes: tuple[Axis, ...]
-
-
-def chain(network: nn.Module, *layers: str) -> tuple[PermutationGroup, ...]:
-    """The groups of a sequential network: the output units of each layer are the input units of the next."""
-    groups = []
-    for name, after in pairwise(layers):
-        size = network.get_parameter(f"{name}.weight").shape[0]
-        inputs = network.get_parameter(f"{after}.weight").shape[1]
-        axes = (Axis(f"{name}.weight", 0), Axis(f"{name}.bias", 0), Axis(f"{after}.weight", 1, inputs // size))
-        groups.append(PermutationGroup(size, axes))
-    return tuple(groups)
-
-
-def activation_named(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function called `name`.
-
-    Raises:
-        UserError: there is no such activation.
-    """
-    if name not in ACTIVATIONS:
-        raise UserError(f"unknown activation {name!r}; the activations are {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
 
 
 class CNN8(nn.Module):
@@ -86,9 +39,6 @@ class CNN8(nn.Module):
         x = self.dropout(self.activation(F.max_pool2d(self.conv2(x), 2)))  # [B, 16, 2, 2]
         x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
         return self.fc2(x)  # [B, classes]
-
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "conv1", "conv2", "fc1", "fc2")
 
 
 class CNN3(nn.Module):
@@ -112,9 +62,6 @@ class CNN3(nn.Module):
         x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
         return self.fc2(x)  # [B, classes]
 
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "conv1", "conv2", "conv3", "fc1", "fc2")
-
 
 class CNN(nn.Module):
     """The network of the field's older zoos (MNIST, Fashion-MNIST, USPS) for 28x28 images: 2,464 parameters, gray."""
@@ -137,9 +84,6 @@ class CNN(nn.Module):
         x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 20]
         return self.fc2(x)  # [B, classes]
 
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "conv1", "conv2", "conv3", "fc1", "fc2")
-
 
 class LeNet5(nn.Module):
     """LeNet-5 for 32x32 images, with max-pooling (arXiv 2503.17138): 62,006 parameters at 3 channels."""
@@ -161,9 +105,6 @@ class LeNet5(nn.Module):
         x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, 120]
         x = self.dropout(self.activation(self.fc2(x)))  # [B, 84]
         return self.fc3(x)  # [B, classes]
-
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "conv1", "conv2", "fc1", "fc2", "fc3")
 
 
 class SmallCNN(nn.Module):
@@ -193,9 +134,6 @@ class SmallCNN(nn.Module):
         x = self.dropout(self.activation(self.conv3(x)))  # [B, hidden, 2, 2]
         return self.fc(x.mean((2, 3)))  # [B, classes]
 
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "conv1", "conv2", "conv3", "fc")
-
 
 class MLP(nn.Module):
     """Two hidden layers on flattened images."""
@@ -222,9 +160,6 @@ class MLP(nn.Module):
         x = self.dropout(self.activation(self.fc2(x)))  # [B, hidden]
         return self.fc3(x)  # [B, classes]
 
-    def permutation_groups(self) -> tuple[PermutationGroup, ...]:
-        return chain(self, "fc1", "fc2", "fc3")
-
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "CNN": CNN,
@@ -232,7 +167,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "CNN8": CNN8,
     "LeNet5": LeNet5,
     "MLP": MLP,
+    "MLPMixer": MLPMixer,
+    "ResNet18": ResNet18,
     "SmallCNN": SmallCNN,
+    "ViT": ViT,
 }
 """The base networks by name; `register_network` adds others."""
 
@@ -243,9 +181,10 @@ TRUSTED = "WEIGHTSPACE_NETWORKS"
 def register_network(name: str) -> None:
     """Allow a base network of another package: from now on, in this process and its workers, its name can be used.
 
-    The factory gives an `nn.Module`; the module says in `image_shape` (channels, height, width) what it takes, and may
-    declare `permutation_groups()`. A zoo only names its base network: code is imported where the user names it too,
-    here, with `zoo import --network`, or in the environment variable WEIGHTSPACE_NETWORKS.
+    The factory gives an `nn.Module`; the module says in `image_shape` (channels, height, width) what it takes, and
+    where it cannot be traced, it may declare `permutation_groups()`. A zoo only names its base network: code is
+    imported where the user names it too, here, with `zoo train --zoo.network` or `zoo import --network`, or in the
+    environment variable WEIGHTSPACE_NETWORKS.
 
     Args:
         name: "package.module:factory".
@@ -294,6 +233,13 @@ class Architecture:
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
 
+    @property
+    def takes(self) -> set[str] | None:
+        """Names of the arguments that the base network takes; None where it takes any."""
+        parameters = inspect.signature(_factory(self.name)).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return None if anything else set(parameters)
+
     def build(self) -> nn.Module:
         """A fresh network in evaluation mode.
 
@@ -315,11 +261,28 @@ class Architecture:
         return network.eval()
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter and buffer of real numbers by name, in the order of the state_dict."""
+    def _state(self) -> dict[str, Tensor]:
+        """Everything of real numbers in the state_dict, without memory; tied weights are one tensor of two names."""
         with torch.device("meta"):
-            state = self.build().state_dict()
-        return {name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()}
+            state = self.build().state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if value.is_floating_point()}
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Weights that are another name of an earlier one: {name: the earlier name}."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(value), name) for name, value in self._state.items()}
+        return {name: other for name, other in names.items() if name != other}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer of real numbers by name, in the order of the state_dict, each once."""
+        return {name: tuple(value.shape) for name, value in self._state.items() if name not in self.tied}
+
+    @cached_property
+    def buffers(self) -> tuple[str, ...]:
+        """Which of `shapes` are not trained: running statistics, constants and frozen parameters."""
+        return tuple(name for name in self.shapes if not self._state[name].requires_grad)
 
     @property
     def parameter_count(self) -> int:
@@ -339,15 +302,62 @@ INITS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 
 
+OWN_INIT = "own"
+"""The init that leaves everything as the base network itself begins."""
+
+
+def arguments_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a base network written as NAME=VALUE, their values read as JSON where they are.
+
+    Raises:
+        UserError: one without "=".
+    """
+    found: dict[str, Any] = {}
+    for given in pairs:
+        name, equals, value = given.partition("=")
+        if not equals or not name:
+            raise UserError(f"write arguments of the base network as NAME=VALUE, given {given!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def initialize(architecture: Architecture, init: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fresh weights of one network by the named scheme; vectors (biases) start at 0.01, as in the published zoos.
+    """Fresh weights of one network.
+
+    The named scheme draws the weights of linear, convolutional and embedding layers; their biases start at 0.01, as in
+    the published zoos. Everything else (normalizations, attention, free parameters), and everything with the scheme
+    "own", starts as the network itself begins.
 
     Raises:
         UserError: there is no such scheme.
     """
-    if init not in INITS:
-        raise UserError(f"unknown init {init!r}; the inits are {', '.join(sorted(INITS))}")
+    check_init(init)
+    drawn = {} if init == OWN_INIT else _drawn_by_scheme(architecture)
     weights = {}
-    for name, shape in architecture.shapes.items():
+    if set(drawn) != set(architecture.shapes):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            state = architecture.build().state_dict()
+        weights = {name: state[name].clone() for name in architecture.shapes if name not in drawn}
+    for name, shape in drawn.items():
         weights[name] = torch.full(shape, 0.01) if len(shape) < 2 else INITS[init](torch.empty(shape), generator)
-    return weights
+    return {name: weights[name] for name in architecture.shapes}
+
+
+def check_init(init: str) -> None:
+    """Raise a UserError unless there is such a scheme."""
+    if init not in INITS and init != OWN_INIT:
+        raise UserError(f"unknown init {init!r}; the inits are {', '.join([*sorted(INITS), OWN_INIT])}")
+
+
+def _drawn_by_scheme(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """What the schemes draw: weights and biases of linear, convolutional and embedding layers."""
+    with torch.device("meta"):
+        network = architecture.build()
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+    layers = {name for name, module in network.named_modules() if isinstance(module, kinds)}
+    return {name: shape for name, shape in architecture.shapes.items() if name.rpartition(".")[0] in layers}

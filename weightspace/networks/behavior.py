@@ -13,9 +13,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
@@ -76,11 +78,35 @@ class Outputs:
         return self.labels
 
 
+def runner(architecture: Architecture, device: torch.device | str = "cpu") -> nn.Module:
+    """An instance of a base network to run checkpoints with; in evaluation mode.
+
+    Its batch normalizations are differentiable in their running statistics, which torch's own are not.
+    """
+    network = architecture.build().to(device)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__dict__["forward"] = partial(_batch_norm, module, module.forward)
+    return network
+
+
+def _batch_norm(module: nn.modules.batchnorm._BatchNorm, whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Batch normalization [B, C, ...] by plain arithmetic where the running statistics are used, else torch's own."""
+    if module.training or module.running_mean is None or module.running_var is None:
+        return whole(x)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    scale = (module.running_var + module.eps).rsqrt()
+    scale = scale if module.weight is None else scale * module.weight
+    shift = -module.running_mean * scale
+    shift = shift if module.bias is None else shift + module.bias
+    return x * scale.view(shape) + shift.view(shape)
+
+
 def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group: int, shared: bool = True) -> Tensor:
     """Logits of n checkpoints [n, Q, C]; differentiable in the weights and the inputs.
 
     Args:
-        network: any instance of the base network; its own weights play no part.
+        network: any instance of the base network (`runner`); its own weights play no part.
         weights: {name: [n, *shape]}.
         inputs: [Q, ...], the same for every checkpoint, or [n, Q, ...] where `shared` is False.
         group: how many checkpoints run in one vectorized call; 1 runs them one after another.
@@ -102,11 +128,23 @@ def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group
     run = vmap(
         lambda w, x: functional_call(network, w, (x,)), in_dims=(0, None if shared else 0), randomness="different"
     )
-    if group >= count:
-        return run(weights, inputs)
     chunks = zip(*(weight.split(group) for weight in weights.values()), strict=True)
     each = [inputs] * math.ceil(count / group) if shared else inputs.split(group)
-    return torch.cat([run(dict(zip(weights, w, strict=True)), x) for w, x in zip(chunks, each, strict=True)])
+    with _plain_attention():
+        parts = [run(dict(zip(weights, w, strict=True)), x) for w, x in zip(chunks, each, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as plain products: torch's fused kernels cannot be vectorized over checkpoints."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _channels_last(inputs: Tensor) -> Tensor:
@@ -117,7 +155,7 @@ def _channels_last(inputs: Tensor) -> Tensor:
 def outputs(checkpoints: Checkpoints, inputs: Tensor, labels: Tensor | None = None) -> Outputs:
     """Outputs of every checkpoint on the same inputs [Q, ...], in bounded memory, on the inputs' device."""
     device = inputs.device
-    network = checkpoints.architecture.build().to(device)
+    network = runner(checkpoints.architecture, device)
     group = calibrate(checkpoints.architecture, device, min(len(inputs), 256), len(checkpoints))
     rows = max(group, min(256, IMAGES_AT_ONCE // len(inputs)), 1)  # checkpoints moved to the device at once
     queries = max(IMAGES_AT_ONCE // group, 1)
@@ -209,7 +247,16 @@ def calibration_file() -> Path:
 
 
 def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a base network takes."""
+    """(channels, height, width) of the images that a base network takes.
+
+    Raises:
+        UserError: it does not say.
+    """
+    if not hasattr(network, "image_shape"):
+        raise UserError(
+            f"the base network {type(network).__name__} does not say what images it takes; give its modules an "
+            "attribute image_shape = (channels, height, width)"
+        )
     return cast(tuple[int, int, int], network.image_shape)
 
 
@@ -217,7 +264,7 @@ def _call(
     architecture: Architecture, device: torch.device, queries: int, group: int, shared: bool, training: bool
 ) -> Callable[[], None]:
     """One call at this group size, to be timed."""
-    network = architecture.build().to(device)
+    network = runner(architecture, device)
     count = max(group, ALONE)
     generator = torch.Generator().manual_seed(0)
     weights = {n: 0.1 * torch.randn(count, *s, generator=generator) for n, s in architecture.shapes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class Checkpoints:
         """Checkpoint `row` as an ordinary module in evaluation mode, independent of this record."""
         network = self.architecture.build()
         state = {name: weight[row].detach().cpu() for name, weight in self.weights.items()}
+        state |= {name: state[other] for name, other in self.architecture.tied.items()}
         counters = {name: value for name, value in network.state_dict().items() if not value.is_floating_point()}
         network.load_state_dict(counters | state)
         return network
@@ -73,14 +74,13 @@ class Checkpoints:
 
 def flatten(weights: dict[str, Tensor]) -> Tensor:
     """Stacked weights {name: [n, *shape]} as vectors [n, P]; the inverse is `unflatten`."""
-    return torch.cat([weight.flatten(1) for weight in weights.values()], dim=1)
+    return torch.cat([weight.reshape(len(weight), -1) for weight in weights.values()], dim=1)
 
 
-def unflatten(architecture: Architecture, flat: Tensor) -> dict[str, Tensor]:
+def unflatten(shapes: Mapping[str, tuple[int, ...]], flat: Tensor) -> dict[str, Tensor]:
     """Vectors [n, P] as stacked weights {name: [n, *shape]}; the inverse is `flatten`."""
-    shapes = architecture.shapes
     parts = flat.split([int(np.prod(shape)) for shape in shapes.values()], dim=1)
-    return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return {name: part.reshape(len(part), *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def concatenate(parts: Iterable[Checkpoints]) -> Checkpoints:

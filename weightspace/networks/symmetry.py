@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
-from weightspace.networks.architectures import Architecture, Axis, PermutationGroup
+from weightspace.networks.architectures import NETWORKS, Architecture
+from weightspace.networks.behavior import image_shape_of, logits, runner
+from weightspace.networks.groups import Axis, PermutationGroup
+from weightspace.networks.tracing import UntraceableNetwork, derive_groups
+from weightspace.runs import notice
+
+TOLERANCE = 1e-3
+"""Largest relative change of the outputs that rounding may make when a group is checked."""
+_found: dict[tuple[str, int], tuple[PermutationGroup, ...]] = {}
 
 
 def groups_of(architecture: Architecture) -> tuple[PermutationGroup, ...]:
-    """The permutation groups that the base network declares; none where it declares nothing."""
-    declare = getattr(architecture.build(), "permutation_groups", None)
-    return declare() if declare else ()
+    """The permutation groups of a base network: those that its class declares, else those found by tracing it.
+
+    Every group is checked by running a permuted network; one that changes the outputs is dropped with a warning. Where
+    nothing is declared and tracing fails, there are none, and that is told.
+    """
+    key = (str(architecture), id(NETWORKS.get(architecture.name)))
+    if key not in _found:
+        network = runner(architecture)
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(2, *image_shape_of(network), generator=generator)
+        declare = getattr(network, "permutation_groups", None)
+        try:
+            groups = declare() if declare else derive_groups(architecture.build(), inputs)
+        except UntraceableNetwork as error:
+            notice(
+                f"the units of {architecture} are not permuted, since it cannot be traced ({error}); its class may "
+                "declare permutation_groups()"
+            )
+            groups = ()
+        _found[key] = tuple(group for group in groups if _holds(architecture, network, group, inputs, generator))
+    return _found[key]
+
+
+def _holds(
+    architecture: Architecture, network: nn.Module, group: PermutationGroup, inputs: Tensor, generator: torch.Generator
+) -> bool:
+    """Whether random weights give the same outputs when their units are reordered."""
+    weights = {}
+    for name, shape in architecture.shapes.items():
+        drawn = torch.randn(1, *shape, generator=generator)
+        inputs_of_a_unit = math.prod(shape[1:]) if len(shape) > 1 else 1
+        weights[name] = drawn.abs() if name.endswith("_var") else drawn / math.sqrt(inputs_of_a_unit)
+    try:
+        moved = permute(weights, (group,), [torch.arange(group.size).roll(1)[None]])
+        with torch.no_grad():
+            before, after = (logits(network, each, inputs, 1) for each in (weights, moved))
+        error = float((after - before).abs().max() / before.abs().max().clamp(min=1e-12))
+        problem = f"changes its outputs by {error:.1%}" if not error <= TOLERANCE else ""
+    except (RuntimeError, KeyError, IndexError) as failure:
+        problem = f"cannot be applied ({str(failure).splitlines()[0]})"
+    if problem:
+        axes = ", ".join(f"{axis.parameter}[{axis.dim}]" for axis in group.axes)
+        notice(f"a group of {group.size} units of {architecture} {problem} and is not used: {axes}")
+    return not problem
 
 
 def permute(
@@ -35,6 +85,8 @@ def permute(
             weight = permuted[axis.parameter]
             offsets = torch.arange(axis.repeat, device=permutation.device)
             entries = (permutation[..., None] * axis.repeat + offsets).flatten(1)  # [n, size * repeat]
+            blocks = torch.arange(axis.blocks, device=permutation.device) * entries.shape[1]
+            entries = (blocks[:, None] + entries[:, None]).flatten(1)  # [n, blocks * size * repeat]
             shape = [len(entries)] + [1] * (weight.ndim - 1)
             shape[axis.dim + 1] = -1
             permuted[axis.parameter] = torch.take_along_dim(weight, entries.view(shape), dim=axis.dim + 1)
@@ -85,7 +137,8 @@ def _unit_similarity(weights: dict[str, Tensor], reference: dict[str, Tensor], a
     """Inner products of the units along one axis: [n, reference unit, unit]."""
 
     def units(weight: Tensor) -> Tensor:
-        moved = weight.movedim(axis.dim + 1, 1)  # [n, size * repeat, ...]
-        return moved.reshape(len(moved), moved.shape[1] // axis.repeat, -1)  # [n, size, features]
+        moved = weight.movedim(axis.dim + 1, 1)  # [n, blocks * size * repeat, ...]
+        size = moved.shape[1] // axis.repeat // axis.blocks
+        return moved.reshape(len(moved), axis.blocks, size, -1).transpose(1, 2).flatten(2)  # [n, size, features]
 
     return units(reference[axis.parameter]) @ units(weights[axis.parameter]).transpose(1, 2)

@@ -16,9 +16,9 @@ class Normalizer:
     """x -> (x - mean) / std on real entries; padding stays zero."""
 
     mean: Tensor
-    """[T, 1], the same for all tokens of a layer."""
+    """[T, D], the same for all entries of a part: a layer, or one tensor of a normalization."""
     std: Tensor
-    """[T, 1], positive."""
+    """[T, D], positive."""
     mask: Tensor
     """[T, D] bool."""
 
@@ -36,20 +36,19 @@ class Normalizer:
 
 
 Fit = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The real entries of one layer [n, N] -> what is subtracted and what it is divided by, scalars."""
+"""The real entries of one part [n, N] -> what is subtracted and what it is divided by, scalars."""
 
 
 def per_layer(fit: Fit) -> Callable[[Tokenizer, Tensor], Normalizer]:
-    """A normalizer whose offset and scale are fitted to each layer of tokens [n, T, D]; a scale of 0 becomes 1."""
+    """A normalizer whose offset and scale are fitted to each part of tokens [n, T, D]; a scale of 0 becomes 1."""
 
     def normalizer(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
-        layer = tokenizer.positions[:, 1]
-        mean, std = torch.zeros(len(layer), 1), torch.ones(len(layer), 1)
-        for number in range(len(tokenizer.layers)):
-            rows = layer == number
-            offset, scale = fit(x[:, rows][:, tokenizer.mask[rows]].double())
-            mean[rows] = offset.float()
-            std[rows] = scale.float() if scale.float() > 0 else torch.ones(())
+        mean, std = torch.zeros(tokenizer.mask.shape), torch.ones(tokenizer.mask.shape)
+        for part in range(int(tokenizer.parts.max()) + 1):
+            own = tokenizer.parts == part
+            offset, scale = fit(x[:, own].double())
+            mean[own] = offset.float()
+            std[own] = scale.float() if scale.float() > 0 else torch.ones(())
         return Normalizer(mean, std, tokenizer.mask)
 
     return normalizer
@@ -78,7 +77,8 @@ l2 = per_layer(_norm)
 
 def none(tokenizer: Tokenizer, x: Tensor) -> Normalizer:
     """Raw weights, as the published method uses them."""
-    return Normalizer(torch.zeros(tokenizer.count, 1), torch.ones(tokenizer.count, 1), tokenizer.mask)
+    shape = tokenizer.mask.shape
+    return Normalizer(torch.zeros(shape), torch.ones(shape), tokenizer.mask)
 
 
 NORMALIZERS = {"standardize": standardize, "min-max": min_max, "l2": l2, "none": none}

@@ -1,8 +1,8 @@
 """Weights as sequences: `tokenize` and `detokenize`, exact inverses.
 
-Every leaf module that holds weights is a layer; its rows are its output units; row u is [weight[u].flatten(), bias[u]],
-zero-padded to a multiple of the token size and cut. Both directions are one gather over flat weights, so they are
-batched and bit-exact for every base network.
+Every module that holds weights is a layer; its rows are its output units (`networks.layers`): row u of a linear or
+convolutional layer is [weight[u].flatten(), bias[u]]. Rows are zero-padded to a multiple of the token size and cut.
+Both directions are one gather over flat weights, so they are batched and bit-exact for every base network.
 
 Legend: n checkpoints, P weights of one, T tokens, D token size.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import flatten, unflatten
+from weightspace.networks.layers import rows_of, variances_of
 from weightspace.runs import UserError
-
-ROW_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,42 @@ class Tokenizer:
         """Lay out the tokens; the token size defaults to the longest row.
 
         Raises:
-            UserError: a layer of an unknown kind, or a token size below 1.
+            UserError: a layer whose rows are not known, or a token size below 1.
         """
         self.architecture = architecture
-        self.layers, rows = _rows(architecture)
-        self.token_size = max(len(row) for _, _, row in rows) if token_size is None else token_size
+        network = architecture.build()
+        self.variances = [name for name in variances_of(network) if name in architecture.shapes]
+        """Weights that are variances."""
+        layers = dict(rows_of(network, architecture.shapes))
+        self.layers = list(layers)
+        joined = {name: [torch.cat(list(block.index.values()), 1) for block in own] for name, own in layers.items()}
+        longest = max(rows.shape[1] for own in joined.values() for rows in own)
+        self.token_size = longest if token_size is None else token_size
         if self.token_size < 1:
             raise UserError(f"token_size must be at least 1, given {token_size}")
-        tokens, positions = [], []
-        for layer, unit, row in rows:
-            for start in range(0, len(row), self.token_size):
-                piece = row[start : start + self.token_size]
-                tokens.append(piece + [-1] * (self.token_size - len(piece)))
-                positions.append((len(positions), layer, unit))
-        index = torch.tensor(tokens)  # [T, D], position in the flat weights or -1
+        tokens, parts, positions, part = [], [], [], 0
+        for number, (name, own) in enumerate(layers.items()):
+            unit = 0
+            for block, rows in zip(own, joined[name], strict=True):
+                kind = [torch.full_like(each, i if block.apart else 0) for i, each in enumerate(block.index.values())]
+                tokens.append(self._cut(rows))
+                parts.append(self._cut(torch.cat(kind, 1) + part))
+                part += len(kind) if block.apart else 1
+                units = torch.arange(unit, unit + len(rows)).repeat_interleave(len(tokens[-1]) // len(rows))
+                positions.append(torch.stack([torch.full_like(units, number), units], 1))
+                unit += len(rows)
+        index = torch.cat(tokens)  # [T, D], position in the flat weights or -1
         self.mask = index >= 0
         self.index = index.clamp(min=0)
-        self.positions = torch.tensor(positions)
+        self.parts = torch.cat(parts)
+        """[T, D]: which entries are normalized together, layer by layer; -1 at padding."""
+        self.positions = torch.cat([torch.arange(len(index))[:, None], torch.cat(positions)], 1)
         self.inverse = torch.empty(architecture.parameter_count, dtype=torch.long)  # [P], position in the tokens
         self.inverse[index[self.mask]] = torch.arange(index.numel()).view_as(index)[self.mask]
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        """Rows [units, length], padded with -1 and cut into tokens [units * pieces, D]."""
+        return F.pad(rows, (0, -rows.shape[1] % self.token_size), value=-1).view(-1, self.token_size)
 
     @cached_property
     def count(self) -> int:
@@ -75,7 +92,7 @@ class Tokenizer:
 
     def detokenize(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens [n, T, D] as stacked weights {name: [n, *shape]}; padding is ignored."""
-        return unflatten(self.architecture, tokens.flatten(1)[:, self.inverse.to(tokens.device)])
+        return unflatten(self.architecture.shapes, tokens.flatten(1)[:, self.inverse.to(tokens.device)])
 
     def check_architecture(self, architecture: Architecture) -> None:
         """Raise a UserError unless checkpoints of this base network can be tokenized."""
@@ -84,29 +101,3 @@ class Tokenizer:
                 f"the representation is of {self.architecture}, the checkpoints are of {architecture}; "
                 "pretrain a representation on such a zoo"
             )
-
-
-def _rows(architecture: Architecture) -> tuple[list[str], list[tuple[int, int, list[int]]]]:
-    """Names of the layers, and (layer, unit, positions in the flat weights) of every row."""
-    start, offset = {}, 0
-    for name, shape in architecture.shapes.items():
-        start[name] = offset
-        offset += int(torch.Size(shape).numel())
-    layers, rows = [], []
-    for name, module in architecture.build().named_modules():
-        own = [key for key, _ in module.named_parameters(recurse=False)]
-        own += [key for key, _ in module.named_buffers(recurse=False)]
-        if not own:
-            continue
-        if not isinstance(module, ROW_LAYERS):
-            raise UserError(
-                f"layer {name!r} of {architecture.name} is a {type(module).__name__}, whose rows are not known; known "
-                f"are {', '.join(kind.__name__ for kind in ROW_LAYERS)}"
-            )
-        length = module.weight[0].numel()
-        for unit in range(len(module.weight)):
-            first = start[f"{name}.weight"] + unit * length
-            row = list(range(first, first + length))
-            rows.append((len(layers), unit, row + ([start[f"{name}.bias"] + unit] if module.bias is not None else [])))
-        layers.append(name)
-    return layers, rows

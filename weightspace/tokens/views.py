@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightspace.networks.architectures import PermutationGroup
+from weightspace.networks.groups import PermutationGroup
 from weightspace.networks.symmetry import permute, random_permutations
 
 

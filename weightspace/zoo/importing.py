@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 import shutil
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from weightspace import runs
 from weightspace.config import ImportConfig, check
-from weightspace.networks.architectures import Architecture
+from weightspace.networks.architectures import Architecture, arguments_of
 from weightspace.networks.checkpoints import Checkpoints, unflatten
 from weightspace.networks.fitting import Fit, Misfit, Shapes, fit
 from weightspace.runs import (
@@ -54,27 +53,9 @@ REMOTE = "hub:"
 """How a source on the hub begins: hub:owner/name,owner/name or hub:FILE with a name per line."""
 
 
-def arguments_of(config: ImportConfig) -> dict[str, Any]:
-    """The arguments of the base network, their values read as JSON where they are.
-
-    Raises:
-        UserError: one without "=".
-    """
-    found: dict[str, Any] = {}
-    for given in config.arguments:
-        name, equals, value = given.partition("=")
-        if not equals or not name:
-            raise UserError(f"write arguments of the base network as NAME=VALUE, given {given!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
 def layouts(config: ImportConfig) -> dict[str, Layout]:
     """The readers by name, in the order in which they are tried."""
-    named = Architecture(config.network, arguments_of(config)) if config.network else None
+    named = Architecture(config.network, arguments_of(config.arguments)) if config.network else None
     each = (
         Layout("ray-tune", ray_tune.detects, ray_tune.read),
         Layout("samples", samples.detects, samples.reader(named)),
@@ -257,7 +238,7 @@ def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, sou
     """Read everything, unit by unit, and finish the zoos."""
     members = {name: number for number, name in enumerate(dict.fromkeys(entry.member for entry in found))}
     zoos = _Zoos(folder, config, source)
-    given, fits = arguments_of(config), {}
+    given, fits = arguments_of(config.arguments), {}
     shards: dict[str, list[int]] = {}
     reasons: Counter[str] = Counter()
     done = 0
@@ -352,7 +333,7 @@ def _unit(
 
 def _write(shard: _Shard, writer: ZooWriter, unit: int, config: ImportConfig) -> None:
     """Write one shard of one zoo."""
-    weights = unflatten(shard.architecture, torch.stack([network.flat for network in shard.networks]))
+    weights = unflatten(shard.architecture.shapes, torch.stack([network.flat for network in shard.networks]))
     checkpoints = Checkpoints(shard.architecture, weights, tidy(pd.DataFrame(shard.rows)))
     if config.score:
         checkpoints = _scored(checkpoints, config.task)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from weightspace.config import ZooConfig, check
 from weightspace.networks import behavior
-from weightspace.networks.architectures import INITS, Architecture, initialize
+from weightspace.networks.architectures import Architecture, arguments_of, check_init, initialize, register_network
 from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, unflatten
 from weightspace.runs import UserError, cores, derive_seed, notice, progress, read_json, write_json
 from weightspace.tasks.images import ImageTask, load_task
@@ -145,10 +145,17 @@ def train(
     if recipe.backdoors is not None:
         poisoned, target = recipe.backdoors.poisoned.to(device), recipe.backdoors.target.to(device)
         images = torch.cat([images, stamped(images)])  # image i with the trigger is image N + i
-    network = architecture.build().to(device).train()
-    flat = flatten({name: weight.to(device) for name, weight in weights.items()})  # [n, P]
+    network = behavior.runner(architecture, device).train()
+    buffers = {name: weights[name].to(device, copy=True) for name in architecture.buffers}  # the networks update them
+    trained = {name: shape for name, shape in architecture.shapes.items() if name not in buffers}
+    flat = flatten({name: weights[name].to(device) for name in trained})  # [n, P]
     update = Optimizer(recipe, flat)
-    yield 0, unflatten(architecture, flat.clone())
+
+    def now() -> dict[str, Tensor]:
+        state = {**unflatten(trained, flat.clone()), **{name: value.clone() for name, value in buffers.items()}}
+        return {name: state[name] for name in architecture.shapes}
+
+    yield 0, now()
     for epoch in range(1, epochs + 1):
         orders = {order: data_order(order, epoch, count) for order in set(recipe.orders)}
         order = torch.stack([orders[seed] for seed in recipe.orders]).to(device)  # [n, N]
@@ -165,13 +172,14 @@ def train(
                 batch = order[:, start : start + recipe.batch_size]  # [n, B]
                 wanted = classes[:, start : start + recipe.batch_size].flatten()
                 flat.requires_grad_()
-                logits = behavior.logits(network, unflatten(architecture, flat), images[batch], group, shared=False)
+                state = {**unflatten(trained, flat), **buffers}
+                logits = behavior.logits(network, state, images[batch], group, shared=False)
                 losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / batch.shape[1]
                 (gradient,) = torch.autograd.grad(losses, flat)  # [n, P]
                 flat = flat.detach()
                 update.step(flat, gradient)
                 advance(1)
-        yield epoch, unflatten(architecture, flat.clone())
+        yield epoch, now()
 
 
 class Optimizer:
@@ -289,17 +297,21 @@ def architecture_of(config: ZooConfig, task: ImageTask) -> Architecture:
         UserError: the network takes images of another size.
     """
     channels, height, width = task.image_shape
-    arguments: dict[str, Any] = {"channels": channels, "classes": task.classes, "activation": config.activation}
+    known: dict[str, Any] = {"channels": channels, "classes": task.classes, "activation": config.activation}
     if config.dropout:
-        arguments["dropout"] = config.dropout
-    if config.network == "MLP" and height == width:
-        arguments["size"] = height
-    architecture = Architecture(config.network, arguments)
-    takes = behavior.image_shape_of(architecture.build())
-    if takes != task.image_shape:
-        fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, takes))}"
+        known["dropout"] = config.dropout
+    if height == width:
+        known["size"] = height
+    takes = Architecture(config.network).takes
+    arguments = {name: value for name, value in known.items() if takes is None or name in takes}
+    if config.dropout and "dropout" not in arguments:
+        raise UserError(f"zoo.dropout={config.dropout}: {config.network} has no dropout; choose another zoo.network")
+    architecture = Architecture(config.network, arguments | arguments_of(config.arguments))
+    expected = behavior.image_shape_of(architecture.build())
+    if expected != task.image_shape:
+        fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, expected))}"
         raise UserError(
-            f"{config.network} takes images of shape {takes}, but the images of {task.name!r} have "
+            f"{config.network} takes images of shape {expected}, but the images of {task.name!r} have "
             f"{(channels, height, width)}; choose another zoo.network, or resize them with zoo.tasks={fitting}"
         )
     return architecture
@@ -355,6 +367,8 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
         UserError: an unknown task, network, init or activation, or a grid that leaves a split empty.
     """
     members = grid(config, seed)
+    if ":" in config.network:
+        register_network(config.network)
     tasks = {name: load_task(name).to(device) for name in config.tasks}
     task = next(iter(tasks.values()))
     architecture = architecture_of(config, task)
@@ -365,8 +379,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
                 f"{task.image_shape} and {task.classes}, {other.name!r} has {other.image_shape} and {other.classes}"
             )
     for init in config.inits:
-        if init not in INITS:
-            raise UserError(f"unknown init {init!r}; the inits are {', '.join(sorted(INITS))}")
+        check_init(init)
     late = [epoch for epoch in config.save_epochs if not 0 <= epoch <= config.epochs]
     if late:
         raise UserError(f"zoo.save_epochs has {late}, outside 0 to zoo.epochs={config.epochs}")

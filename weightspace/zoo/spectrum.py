@@ -111,7 +111,7 @@ def kept(checkpoints: Checkpoints, spectrum: Spectrum, chosen: Tensor) -> Checkp
     """
     directions = spectrum.directions[chosen]
     flat = spectrum.mean + _deviations(checkpoints, spectrum) @ directions.T @ directions
-    return Checkpoints(checkpoints.architecture, unflatten(checkpoints.architecture, flat), checkpoints.frame)
+    return Checkpoints(checkpoints.architecture, unflatten(checkpoints.architecture.shapes, flat), checkpoints.frame)
 
 
 def variance_along(checkpoints: Checkpoints, spectrum: Spectrum) -> Tensor:
