@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,9 +87,8 @@ def permute(
             entries = (permutation[..., None] * axis.repeat + offsets).flatten(1)  # [n, size * repeat]
             blocks = torch.arange(axis.blocks, device=permutation.device) * entries.shape[1]
             entries = (blocks[:, None] + entries[:, None]).flatten(1)  # [n, blocks * size * repeat]
-            shape = [len(entries)] + [1] * (weight.ndim - 1)
-            shape[axis.dim + 1] = -1
-            permuted[axis.parameter] = torch.take_along_dim(weight, entries.view(shape), dim=axis.dim + 1)
+            rows = torch.arange(len(entries), device=permutation.device)[:, None]
+            permuted[axis.parameter] = weight.movedim(axis.dim + 1, 1)[rows, entries].movedim(1, axis.dim + 1)
     return permuted
 
 
@@ -108,7 +107,7 @@ def align(
 
     Weight matching (Ainsworth et al. 2023, arXiv 2209.04836, algorithm 1): one assignment problem per group, the
     groups visited in turn until nothing moves. The similarity matrices are computed for all checkpoints at once; the
-    assignment itself is solved checkpoint by checkpoint, on the CPU.
+    assignment itself is solved checkpoint by checkpoint on the CPU, where it is not plain.
 
     Args:
         weights: {name: [n, *shape]}.
@@ -116,21 +115,37 @@ def align(
         groups: the groups of the base network.
         sweeps: upper bound on the visits to each group.
     """
-    aligned = dict(weights)
-    count = len(next(iter(weights.values())))
+    aligned = {name: weight.clone() for name, weight in weights.items()}
+    active = torch.arange(len(next(iter(weights.values()))), device=next(iter(weights.values())).device)
     for _ in range(sweeps):
-        moved = False
+        part = {name: weight[active] for name, weight in aligned.items()}
+        target = {name: weight[active] if len(weight) > 1 else weight for name, weight in reference.items()}
+        moved = np.zeros(len(active), dtype=bool)
         for position, group in enumerate(groups):
-            similarity = cast(Tensor, sum(_unit_similarity(aligned, reference, axis) for axis in group.axes))
-            similarity = similarity.expand(count, -1, -1).double().cpu().numpy()
-            order = np.stack([linear_sum_assignment(matrix, maximize=True)[1] for matrix in similarity])
-            if (order != np.arange(group.size)).any():
-                moved = True
-                permutation = torch.from_numpy(order).to(next(iter(aligned.values())).device)
-                aligned = permute(aligned, groups[position : position + 1], [permutation])
-        if not moved:
+            similarity = cast(Tensor, sum(_unit_similarity(part, target, axis) for axis in group.axes))
+            order = _assigned(similarity.expand(len(active), -1, -1).double().cpu().numpy())
+            moves = (order != np.arange(group.size)).any(1)
+            if moves.any():
+                part = permute(part, groups[position : position + 1], [torch.from_numpy(order).to(active.device)])
+                moved |= moves
+        for name, weight in part.items():
+            aligned[name][active] = weight
+        active = active[torch.from_numpy(moved).to(active.device)]  # the others are where they stay
+        if not len(active):
             break
     return aligned
+
+
+def _assigned(similarity: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The best one-to-one assignment per checkpoint [n, size] of similarities [n, reference unit, unit].
+
+    Where the most similar units of all reference units differ, they are the answer; only the others are solved.
+    """
+    order = similarity.argmax(2)
+    units = np.arange(order.shape[1])
+    for row in np.flatnonzero((np.sort(order, 1) != units).any(1)):
+        order[row] = linear_sum_assignment(similarity[row], maximize=True)[1]
+    return order
 
 
 def _unit_similarity(weights: dict[str, Tensor], reference: dict[str, Tensor], axis: Axis) -> Tensor:
