@@ -145,6 +145,34 @@ class ZooExport:
 
 
 @dataclass(frozen=True)
+class ZooAlign:
+    """Write a zoo with the units of all networks in one order, and say what lies between members before and after.
+
+    Permutation groups are found by tracing the base network; every network computes what it did.
+    """
+
+    zoo: Folder
+    """folder of the zoo"""
+    out: Path
+    """folder of the aligned zoo"""
+    to: str = "mean"
+    """what the networks are aligned to: mean, or the number of a member"""
+    seed: int = 0
+    """seed of the pairs of members between which the barrier is measured"""
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        from weightspace.experiment import choose_device
+        from weightspace.zoo.aligning import align_zoo
+        from weightspace.zoo.model_zoo import ModelZoo
+
+        found = align_zoo(ModelZoo.open(self.zoo), self.out, self.to, self.seed, choose_device(self.device))
+        for name in ("distance", "mean barrier", "largest barrier"):
+            print(f"{name:<16}{found[f'{name} before']:10.4f} -> {found[f'{name} after']:.4f}")
+        print(f"over {found['pairs']} pairs of members at their last epoch, barriers in validation loss: {self.out}")
+
+
+@dataclass(frozen=True)
 class ZooShow:
     """Show what a zoo holds: base network, members, properties, accuracy by epoch."""
 
@@ -406,6 +434,7 @@ COMMANDS: dict[str, type[Any]] = {
     "zoo train": ZooTrain,
     "zoo import": ZooImport,
     "zoo export": ZooExport,
+    "zoo align": ZooAlign,
     "zoo show": ZooShow,
     "zoo verify": ZooVerify,
     "pretrain": Pretrain,
