@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weightspace as ws
-from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, ZooConfig
+from weightspace.config import AutoencoderConfig, ImportConfig, LossConfig, PretrainConfig, ZooConfig
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.networks import layers
 from weightspace.networks.architectures import NETWORKS, Architecture, initialize
@@ -23,6 +23,7 @@ from weightspace.runs import UserError
 from weightspace.tasks.images import ImageTask
 from weightspace.tokens.normalize import standardize
 from weightspace.tokens.tokenizer import Tokenizer
+from weightspace.zoo.importing import import_zoo
 from weightspace.zoo.population import Recipe, train, train_population
 
 CPU = torch.device("cpu")
@@ -117,6 +118,15 @@ def test_tied_weights_are_one(everything: Architecture) -> None:
     for group in (1, 2):
         together = logits(everything.build(), checkpoints.weights, x, group)
         assert torch.allclose(together[1], network(x), atol=1e-6)
+
+
+def test_tied_weights_are_read_once(everything: Architecture, tmp_path: Path) -> None:
+    network = Everything()
+    torch.save({"model": network.state_dict()}, tmp_path / "net.pt")
+    (zoo,) = import_zoo(str(tmp_path), tmp_path / "zoo", ImportConfig(network="Everything"))
+    again = zoo.read(zoo.frame).network(0).state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(again[name], value), name
 
 
 def test_statistics_are_normalized_apart(everything: Architecture) -> None:

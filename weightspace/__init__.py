@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from weightspace.networks.architectures import Architecture, register_network
     from weightspace.networks.behavior import Outputs, outputs
     from weightspace.networks.checkpoints import Checkpoints
+    from weightspace.networks.layers import register_layer
+    from weightspace.networks.symmetry import align, groups_of
     from weightspace.report.page import make_report
     from weightspace.studies import run_study
     from weightspace.tasks.images import ImageTask, load_task
@@ -58,10 +60,12 @@ _HOMES = {
     "TokenBatch": "tokens.tokenizer",
     "Tokenizer": "tokens.tokenizer",
     "ZooConfig": "config",
+    "align": "networks.symmetry",
     "export_zoo": "zoo.exporting",
     "finetune": "downstream.finetune",
     "flow": "downstream.samplers",
     "generate": "downstream.generate",
+    "groups_of": "networks.symmetry",
     "import_zoo": "zoo.importing",
     "kde": "downstream.samplers",
     "load_network": "downstream.generate",
@@ -71,6 +75,7 @@ _HOMES = {
     "outputs": "networks.behavior",
     "pretrain": "hyperrep.pretrain",
     "probe": "downstream.probe",
+    "register_layer": "networks.layers",
     "register_network": "networks.architectures",
     "reconstruct": "downstream.reconstruct",
     "run": "experiment",
@@ -99,10 +104,12 @@ __all__ = [
     "TokenBatch",
     "Tokenizer",
     "ZooConfig",
+    "align",
     "export_zoo",
     "finetune",
     "flow",
     "generate",
+    "groups_of",
     "import_zoo",
     "kde",
     "load_network",
@@ -113,6 +120,7 @@ __all__ = [
     "pretrain",
     "probe",
     "reconstruct",
+    "register_layer",
     "register_network",
     "run",
     "run_study",

@@ -305,6 +305,11 @@ def pretrain(
         "scales": fit_scales(train, queries, loss, config.batch_size, seed),
     }
     representation = HyperRepresentation(zoo.architecture, autoencoder_config, autoencoder, normalizer, info).to(device)
+    if representation.latent_size >= zoo.architecture.parameter_count:
+        notice(
+            f"nothing is compressed: {representation.latent_size:,} latent values (tokens x autoencoder.latent) for "
+            f"{zoo.architecture.parameter_count:,} weights; lower autoencoder.latent"
+        )
     network = behavior.runner(zoo.architecture, device)
     optimizer = OPTIMIZERS[config.optimizer](autoencoder.parameters(), config.learning_rate, config.weight_decay)
     flat = train.flat().to(device)

@@ -66,6 +66,8 @@ def match(shapes: Shapes, architecture: Architecture) -> Fit:
         Misfit: no such assignment; the message names every tensor that is missing, of another shape or left over.
     """
     wanted, found = architecture.shapes, bare(list(shapes))
+    again = {found.pop(name) for name in architecture.tied if name in found}  # the same numbers under a second name
+    shapes = {name: shape for name, shape in shapes.items() if name not in again}
     if set(wanted) == set(found) and all(tuple(shapes[found[name]]) == wanted[name] for name in wanted):
         return Fit(architecture, {name: found[name] for name in wanted})
     for order in (list(shapes), sorted(shapes, key=natural)):
