@@ -91,11 +91,14 @@ def runner(architecture: Architecture, device: torch.device | str = "cpu") -> nn
 
 
 def _batch_norm(module: nn.modules.batchnorm._BatchNorm, whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Batch normalization [B, C, ...] by plain arithmetic where the running statistics are used, else torch's own."""
+    """Batch normalization [B, C, ...] by plain arithmetic where the running statistics are used, else torch's own.
+
+    A variance below zero, as noise or linear maps make them, counts as zero.
+    """
     if module.training or module.running_mean is None or module.running_var is None:
         return whole(x)
     shape = [1, -1] + [1] * (x.ndim - 2)
-    scale = (module.running_var + module.eps).rsqrt()
+    scale = (module.running_var.clamp(min=0) + module.eps).rsqrt()
     scale = scale if module.weight is None else scale * module.weight
     shift = -module.running_mean * scale
     shift = shift if module.bias is None else shift + module.bias

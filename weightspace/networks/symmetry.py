@@ -19,7 +19,7 @@ from weightspace.runs import notice
 
 TOLERANCE = 1e-3
 """Largest relative change of the outputs that rounding may make when a group is checked."""
-_found: dict[tuple[str, int], tuple[PermutationGroup, ...]] = {}
+_found: dict[tuple[str, Any], tuple[PermutationGroup, ...]] = {}
 
 
 def groups_of(architecture: Architecture) -> tuple[PermutationGroup, ...]:
@@ -28,7 +28,7 @@ def groups_of(architecture: Architecture) -> tuple[PermutationGroup, ...]:
     Every group is checked by running a permuted network; one that changes the outputs is dropped with a warning. Where
     nothing is declared and tracing fails, there are none, and that is told.
     """
-    key = (str(architecture), id(NETWORKS.get(architecture.name)))
+    key = (str(architecture), NETWORKS.get(architecture.name))
     if key not in _found:
         network = runner(architecture)
         generator = torch.Generator().manual_seed(0)
