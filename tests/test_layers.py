@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weightspace as ws
-from weightspace.config import AutoencoderConfig, ImportConfig, LossConfig, PretrainConfig, ZooConfig
+from weightspace.config import AutoencoderConfig, GenerateConfig, ImportConfig, LossConfig, PretrainConfig, ZooConfig
+from weightspace.downstream.generate import generate
+from weightspace.downstream.reconstruct import reconstruct
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.networks import layers
 from weightspace.networks.architectures import NETWORKS, Architecture, initialize
-from weightspace.networks.behavior import logits, outputs
+from weightspace.networks.behavior import conditioned, logits, outputs
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.networks.layers import register_layer
 from weightspace.runs import UserError
@@ -227,6 +230,13 @@ def test_from_zoo_to_networks(name: str, tmp_path: Path) -> None:
         assert (again.weights[key] >= 0).all()
     task = ws.load_task("digits")
     assert outputs(again, task.test.images[:32]).logits.isfinite().all()
+    records, _ = reconstruct(zoo, {"made": made}, {"digits": task}, ("test",), condition=32)
+    agreement = next(r["mean"] for r in records if r["metric"] == "agreement" and r["representation"] == "made")
+    assert 0 <= agreement <= 1
+    config = GenerateConfig(anchors=2, networks=3, bandwidths=(0.1,), condition=32)
+    scores = generate(zoo, {"made": made}, {"digits": task}, config, 0).records
+    # members that start alike are at no distance from one another: novelty has no scale here
+    assert all(np.isfinite(record["mean"]) for record in scores if record["metric"] != "novelty")
     new = made.generate(3, ws.kde(bandwidth=0.1), zoo.select(split="train"))
     assert outputs(new, task.test.images[:32]).logits.isfinite().all()
     assert isinstance(new.network(0), type(zoo.architecture.build()))
@@ -234,3 +244,26 @@ def test_from_zoo_to_networks(name: str, tmp_path: Path) -> None:
 
 def test_variances_do_not_fall_below_zero() -> None:
     assert len(Tokenizer(Architecture("ResNet18", SMALL["ResNet18"])).variances) == 20
+
+
+def test_statistics_are_measured_on_images(
+    make_checkpoints: Callable[..., Checkpoints], small_images: ImageTask
+) -> None:
+    """As an ordinary module in training mode measures them; conditioned networks are those that were conditioned."""
+    architecture = Architecture("ResNet18", SMALL["ResNet18"] | {"classes": 3})
+    checkpoints = make_checkpoints(architecture, 2)
+    images = small_images.train.images
+    found = conditioned(checkpoints, images)
+    network = checkpoints.network(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+            module.reset_running_stats()
+            module.momentum = 1.0  # one batch: its statistics
+    network(images)
+    for key, value in network.state_dict().items():
+        if key in found.weights:
+            torch.testing.assert_close(found.weights[key][1], value)
+    torch.testing.assert_close(conditioned(found, images).flat(), found.flat())
+    plain = make_checkpoints(Architecture("CNN8"), 2)
+    assert conditioned(plain, images) is plain

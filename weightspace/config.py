@@ -192,7 +192,9 @@ POSITIVE = (
     "workers", "clip", "learning_rate", "max_bytes",
 )  # fmt: skip
 """Fields that have to be above zero."""
-NOT_NEGATIVE = ("components", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling")
+NOT_NEGATIVE = (
+    "components", "condition", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling",
+)  # fmt: skip
 """Fields that may be zero but not less."""
 SHARES = (
     "gamma", "beta", "val_share", "test_share", "warmup", "erase", "dropout", "backdoor_share", "backdoor_poison",
@@ -272,6 +274,8 @@ class ReconstructConfig:
 
     splits: tuple[str, ...] = ("test", "unseen")
     """splits that are reconstructed"""
+    condition: int = 0
+    """training images on which the statistics of batch normalizations are measured after decoding (0: as decoded)"""
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,8 @@ class GenerateConfig:
     """candidate bandwidths of the KDEs; the widest whose networks keep the anchors' validation accuracy is used"""
     tolerance: float = 0.01
     """how far the mean validation accuracy may fall below the anchors'"""
+    condition: int = 0
+    """training images on which the statistics of batch normalizations are measured after decoding (0: as decoded)"""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def reconstruct_stage(
     """Reconstruct held-out checkpoints and score them."""
     with runs.stage(folder, "reconstruct", _claim(zoo, representations, config)) as todo:
         if todo:
-            records, rows = reconstruct.reconstruct(zoo, representations, load_tasks(zoo, device), config.splits)
+            tasks = load_tasks(zoo, device)
+            records, rows = reconstruct.reconstruct(zoo, representations, tasks, config.splits, config.condition)
             _write(folder, records, {"checkpoints": rows})
     return runs.read_json(folder / "records.json")
 

@@ -5,6 +5,7 @@ Legend: a anchors, T tokens, Z latent values, P weights of one network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def generate(
             outputs = {k: behavior.outputs(c, task.test.images, task.test.labels) for k, c in networks.items()}
             reference = diversities(networks[ANCHORS], networks[ANCHORS], outputs[ANCHORS], task.classes)
             for name, some in networks.items():
-                novelty = (metrics.nearest_distance(some.flat(), train.flat()) / typical).numpy()
+                nearest = metrics.nearest_distance(some.flat(), train.flat())
+                novelty = (nearest / (typical or math.nan)).numpy()  # no scale where training members coincide
                 pairs = diversities(some, networks[ANCHORS], outputs[name], task.classes)
                 records += score(name, split, outputs[name], novelty, pairs, reference)
                 row = {"representation": name, "network": range(len(some)), "task": task.name, "novelty": novelty}
@@ -126,6 +128,10 @@ def networks_for(
         raise UserError(f"generation needs at least two anchors, the zoo has {len(anchors)} training member")
     flat = anchors.flat()
 
+    def conditioned(networks: Checkpoints) -> Checkpoints:
+        images = task.train.images[: config.condition]
+        return behavior.conditioned(networks, images) if config.condition else networks
+
     def accuracy(networks: Checkpoints) -> Tensor:
         return behavior.outputs(networks, task.val.images, task.val.labels).accuracy.cpu()
 
@@ -148,7 +154,7 @@ def networks_for(
         embedded = representation.embed(anchors)
 
         def decoded(z: Tensor, representation: HyperRepresentation = representation) -> Checkpoints:
-            return representation.decode(Embeddings(z, numbered(len(z), task.name)))
+            return conditioned(representation.decode(Embeddings(z, numbered(len(z), task.name))))
 
         def fitness(z: Tensor, decoded: Callable[[Tensor], Checkpoints] = decoded) -> Tensor:
             return accuracy(decoded(z))
@@ -174,16 +180,16 @@ def networks_for(
 
     def draw_pca(bandwidth: float) -> Checkpoints:
         scores = joint_kde(pca.encode(flat), bandwidth, config.networks, generator("kde"))
-        return as_checkpoints(architecture, pca.decode(scores), task.name)
+        return conditioned(as_checkpoints(architecture, pca.decode(scores), task.name))
 
     networks[PCA] = widest(draw_pca, config.bandwidths)
     advance(1, PCA)
     matched = metrics.nearest_distance(last.flat(), flat).mean()
     noised = _noised(flat, matched, config.networks, generator("noise"))
-    networks[NOISE] = as_checkpoints(architecture, noised, task.name)
+    networks[NOISE] = conditioned(as_checkpoints(architecture, noised, task.name))
     advance(1, NOISE)
     averages = _averages(anchors, config.networks, generator("averages"))
-    networks[AVERAGES] = as_checkpoints(architecture, averages, task.name)
+    networks[AVERAGES] = conditioned(as_checkpoints(architecture, averages, task.name))
     advance(1, AVERAGES)
     return networks
 

@@ -32,6 +32,7 @@ def compare(
     reconstructed: Checkpoints,
     tasks: Mapping[str, ImageTask],
     tokens: Callable[[dict[str, Tensor]], Tensor],
+    condition: int = 0,
 ) -> pd.DataFrame:
     """One row per checkpoint: what the original and its reconstruction do on their task's test images.
 
@@ -42,6 +43,8 @@ def compare(
         reconstructed: their reconstructions, in the same order.
         tasks: the tasks that they were trained on; the test images are the queries.
         tokens: stacked weights -> normalized tokens, in which structural R^2 is measured.
+        condition: training images on which the reconstructions' batch normalizations are measured anew before they
+            run (0: as decoded).
     """
     x, x_hat = tokens(originals.weights).flatten(1), tokens(reconstructed.weights).flatten(1)
     frame = originals.frame[["member", "epoch", "split", "task"]].assign(
@@ -50,7 +53,10 @@ def compare(
     parts = []
     for task, rows in frame.groupby("task"):
         index = rows.index.to_numpy()
-        parts.append(rows.join(_behaviors(originals.rows(index), reconstructed.rows(index), tasks[str(task)], index)))
+        own, again = tasks[str(task)], reconstructed.rows(index)
+        if condition:
+            again = behavior.conditioned(again, own.train.images[:condition])
+        parts.append(rows.join(_behaviors(originals.rows(index), again, own, index)))
     return pd.concat(parts).sort_index()
 
 
@@ -138,13 +144,14 @@ def reconstruct(
     representations: Mapping[str, HyperRepresentation],
     tasks: Mapping[str, ImageTask],
     splits: tuple[str, ...],
+    condition: int = 0,
 ) -> tuple[Records, pd.DataFrame]:
     """Reconstruct the checkpoints of some splits with every representation and with PCA at the same size.
 
     Every further representation is also compared with the first one, checkpoint by checkpoint.
 
     The checkpoints are those of the epochs that the (first) representation was trained on. Splits that the zoo lacks
-    are left out.
+    are left out. With `condition`, batch normalizations are measured anew on so many training images after decoding.
 
     Returns:
         The records, and a row per checkpoint, representation and split.
@@ -160,7 +167,7 @@ def reconstruct(
             originals = training_checkpoints(zoo, first.pretrain_config, split)
             baseline = None
             for name, method in methods.items():
-                frame = compare(originals, method(originals), tasks, first.cpu_tokens)
+                frame = compare(originals, method(originals), tasks, first.cpu_tokens, condition)
                 records += summarize(frame, name, split)
                 if baseline is None:
                     baseline = frame

@@ -36,6 +36,8 @@ ALONE = 4
 """Checkpoints over which calibration averages where they run one after another."""
 ROUNDS = 6
 """How often calibration times each group size."""
+CONDITION_BATCH = 256
+"""Images per batch on which statistics of batch normalizations are measured."""
 IMAGES_AT_ONCE = 32_768
 """Upper bound on checkpoints x inputs in one vectorized call, so that memory stays bounded."""
 
@@ -167,6 +169,32 @@ def outputs(checkpoints: Checkpoints, inputs: Tensor, labels: Tensor | None = No
         weights = {name: weight[start : start + rows].to(device) for name, weight in checkpoints.weights.items()}
         parts.append(torch.cat([logits(network, weights, batch, group) for batch in inputs.split(queries)], dim=1))
     return Outputs(torch.cat(parts), labels)
+
+
+@torch.no_grad()
+def conditioned(checkpoints: Checkpoints, images: Tensor) -> Checkpoints:
+    """The same checkpoints with the statistics of their batch normalizations measured on images [N, C, H, W].
+
+    Every network runs over the images once; its running means and variances become the averages over the batches.
+    Networks without batch normalization come back as they are.
+    """
+    network = checkpoints.architecture.build().to(images.device)
+    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        return checkpoints
+    for layer in layers:
+        layer.train()
+        layer.momentum = None  # a plain average
+    weights = {name: weight.clone() for name, weight in checkpoints.weights.items()}
+    for row in range(len(checkpoints)):
+        for layer in layers:
+            layer.reset_running_stats()
+        own = {name: weight[row].to(images.device, copy=True) for name, weight in weights.items()}
+        for batch in images.split(CONDITION_BATCH):
+            functional_call(network, own, (batch,))
+        for name in checkpoints.architecture.buffers:
+            weights[name][row] = own[name]
+    return Checkpoints(checkpoints.architecture, weights, checkpoints.frame)
 
 
 def calibrate(
