@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from weightspace.networks.architectures import Architecture, register_network
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.networks.fitting import Misfit, fit, natural
 from weightspace.runs import RunFailed, UserError, read_lines
-from weightspace.zoo import importing
+from weightspace.zoo import importing, untrusted
 from weightspace.zoo.exporting import export_zoo
 from weightspace.zoo.importing import REPORT_FILE, import_zoo
 from weightspace.zoo.model_zoo import ModelZoo, ZooWriter
@@ -503,6 +504,78 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
     assert "its records unpack to 100," in str(caught.value)
 
 
+def test_odd_tensors_cost_their_own_file_only(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    torch.save(state_of("CNN8", 1), source / "good.pt")
+    odd = state_of("CNN8", 2)
+    torch.save({**odd, "fc1.weight": odd["fc1.weight"].to("meta")}, source / "meta.pt")
+    torch.save({**odd, "fc1.weight": odd["fc1.weight"].to_sparse()}, source / "sparse.pt")
+    with warnings.catch_warnings(action="ignore"):
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
+    torch.save({**odd, "fc1.weight": nested}, source / "nested.pt")
+    torch.save({"model_state_dict": state_of("CNN8", 3), "loss": torch.tensor(0.5)}, source / "wrapped.pt")
+    torch.save({"x": "much", "y": bytearray(8)}, source / "room.pt")
+    shared: list[Any] = [torch.zeros(1)]
+    for _ in range(7):
+        shared = [shared] * 100  # 10^14 ways to its end
+    torch.save({"state_dict": state_of("CNN8", 4), "lists": shared}, source / "shared.pt")
+    (zoo,) = import_zoo(str(source), tmp_path / "zoo", ANY)
+    assert sorted(zoo.frame["source"]) == ["good", "shared", "wrapped"]
+    found = reasons(tmp_path / "zoo")
+    assert set(found) == {"meta.pt", "sparse.pt", "nested.pt", "room.pt"}
+    assert "builtins.bytearray" in found["room.pt"] and "fits none of the base networks" in found["meta.pt"]
+
+
+def test_checkpoints_of_one_place_are_told_apart(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name, seed in (("a/net.pt", 1), ("b/net.pt", 2), ("epoch_1.pt", 3), ("epoch_2.pt", 4)):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state_of("CNN8", seed), source / name)
+    pd.DataFrame({"file": ["./a/net.pt", "net.pt"], "test_acc": [0.1, 0.9]}).to_csv(source / "table.csv", index=False)
+    (zoo,) = import_zoo(str(source), tmp_path / "zoo", ANY)
+    said = zoo.frame.set_index(["source", "epoch"])["test_acc"]
+    assert said["a/net", 0] == 0.1 and said.isna().sum() == 3  # "net.pt" may be either of two
+    assert zoo.rows(source="source")["epoch"].tolist() == [1, 2]  # one member, named after the folder
+    pd.DataFrame({"file": ["a/net.pt", "b/net.pt"], "member": [7, 7]}).to_csv(source / "table.csv", index=False)
+    (zoo,) = import_zoo(str(source), tmp_path / "second", ANY)
+    assert len(zoo) == 3
+    assert "'7' has another checkpoint without an epoch; say the epochs" in reasons(tmp_path / "second")["b/net.pt"]
+    pd.DataFrame({"file": ["a/net.pt", "a/net.pt"]}).to_csv(source / "table.csv", index=False)
+    with pytest.raises(UserError, match=r"several rows for a/net\.pt"):
+        import_zoo(str(source), tmp_path / "third", ANY)
+
+
+def test_an_export_never_writes_one_checkpoint_over_another(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    checkpoints = tiny_zoo.read(tiny_zoo.frame.iloc[[0, 1]])
+    twice = checkpoints.frame.assign(member=3, epoch=[1, 1])
+    writer = ZooWriter(tmp_path / "zoo", checkpoints.architecture, {})
+    writer.write(0, Checkpoints(checkpoints.architecture, checkpoints.weights, twice))
+    zoo = writer.finish([0])
+    with pytest.raises(UserError, match="several checkpoints of member 3 at epoch 1"):
+        export_zoo(zoo, tmp_path / "out", "directory")
+    export_zoo(zoo, tmp_path / "whole", "weightspace")
+    frame = twice.assign(epoch=[1, 10**9])
+    writer = ZooWriter(tmp_path / "late", checkpoints.architecture, {})
+    writer.write(0, Checkpoints(checkpoints.architecture, checkpoints.weights, frame))
+    with pytest.raises(UserError, match="a line per epoch up to 1,000,000,000"):
+        export_zoo(writer.finish([0]), tmp_path / "ray", "ray-tune")
+
+
+def test_position_decides_only_beyond_doubt() -> None:
+    norms = {f"body.{i}.{kind}": (8,) for i in (1, 4) for kind in ("bias", "running_mean", "running_var", "weight")}
+    wanted = nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8))
+    architectures.NETWORKS["Norms"] = lambda: wanted
+    try:
+        found = fit(norms, "Norms", {})
+        assert found.names["0.weight"] == "body.1.weight" and found.names["1.running_var"] == "body.4.running_var"
+        words = {name.replace("4", "last").replace("1", "first"): shape for name, shape in norms.items()}
+        with pytest.raises(Misfit, match="not a Norms"):
+            fit(words, "Norms", {})
+    finally:
+        del architectures.NETWORKS["Norms"]
+
+
 def pack(path: Path, entries: dict[str, bytes | None], kind: bytes = tarfile.REGTYPE) -> Path:
     """A tar archive; an entry without content is a link of some kind."""
     with tarfile.open(path, "w:gz") as archive:
@@ -581,6 +654,25 @@ def test_damaged_archives_and_tables(tmp_path: Path) -> None:
         import_zoo(str(source), tmp_path / "zoo", ANY)
     (source / "x.csv").unlink()
     assert len(import_zoo(str(source), tmp_path / "zoo", ANY)[0]) == 1
+
+
+def test_bombs_in_tables_headers_and_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.pt").write_bytes(saved())
+    columns = {f"c{i}": np.zeros(10**6, np.int8) for i in range(30)}
+    pd.DataFrame({"file": "a.pt", **columns}).to_parquet(source / "t.parquet")
+    with pytest.raises(UserError, match="1,000,000 rows and 31,000,000 cells"):
+        import_zoo(str(source), tmp_path / "zoo", ANY)
+    with tarfile.open(tmp_path / "long.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        item = tarfile.TarInfo("a.pt")
+        item.pax_headers = {"comment": "x" * (untrusted.LARGEST_HEADER + 1)}
+        archive.addfile(item)
+    with pytest.raises(UserError, match=r"has a header of 16,\d"):
+        import_zoo(str(tmp_path / "long.tar.gz"), tmp_path / "zoo", ANY)
+    monkeypatch.setattr(untrusted, "MOST_ENTRIES", 1)
+    with pytest.raises(UserError, match="holds more than 1 files"):
+        import_zoo(str(pack(tmp_path / "many.tar.gz", {"a": b"", "b": b""})), tmp_path / "zoo", ANY)
 
 
 def test_damaged_trials_are_reported(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from weightspace.hyperrep.pretrain import pretrain
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, checksum, locked
-from weightspace.zoo.model_zoo import TABLE_FILE, ZOO_FILE, ModelZoo, shard_name, verify
+from weightspace.zoo.model_zoo import TABLE_FILE, ZOO_FILE, ModelZoo, described, shard_name, verify
 from weightspace.zoo.repair import repair
 
 
@@ -72,6 +72,57 @@ def test_a_damaged_header_costs_nothing(zoo: ModelZoo) -> None:
     flip(zoo.folder / shard_name(0), 20)
     kept, lost, _ = repair(zoo.folder)
     assert kept == 54 and lost.empty
+
+
+def test_shards_of_other_writers_are_cut_by_their_own_header(zoo: ModelZoo, tiny_zoo: ModelZoo) -> None:
+    shard = zoo.folder / shard_name(0)
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    moved, data = {}, b""
+    for name in reversed(sorted(names, key=lambda name: header[name]["data_offsets"][0])):
+        start, end = header[name]["data_offsets"]
+        moved[name] = {**header[name], "data_offsets": [len(data), len(data) + end - start]}
+        data += content[8 + length + start : 8 + length + end]
+    written = json.dumps(moved).encode()
+    shard.write_bytes(len(written).to_bytes(8, "little") + written + data)
+    flip(shard, place_of(shard, "fc1.weight", 5) + 3)
+    kept, lost, _ = repair(zoo.folder)
+    assert kept == 53 and identity(lost) == identity(tiny_zoo.rows("shard == 0 and row == 5"))
+
+
+def rewritten(zoo: ModelZoo, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Change the table of a zoo as a careless writer might: zoo.json describes it as it is."""
+    change(pd.read_parquet(zoo.folder / TABLE_FILE)).to_parquet(zoo.folder / TABLE_FILE, index=False)
+    description = json.loads((zoo.folder / ZOO_FILE).read_text())
+    description["files"][TABLE_FILE] = described(zoo.folder / TABLE_FILE)
+    (zoo.folder / ZOO_FILE).write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.drop(columns="digest"), "checkpoints.parquet lacks digest"),
+        (lambda frame: frame.assign(member=frame["member"] / 2), "member holds other values than whole numbers"),
+        (lambda frame: frame.assign(split="rest"), "split holds rest, expected train, val, test, unseen"),
+        (lambda frame: frame.assign(task="letters"), "task holds letters, expected digits"),
+        (lambda frame: frame.assign(shard=frame["shard"] + 7), "names weights-00007.safetensors, weights-00008"),
+        (lambda frame: frame.assign(digest="0" * 32), "row 0: the weights have another digest"),
+    ],
+)
+def test_tables_of_other_writers_are_checked(
+    zoo: ModelZoo, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
+) -> None:
+    rewritten(zoo, change)
+    assert message in verify(zoo.folder)[0]
+
+
+def test_other_versions_are_not_repaired(zoo: ModelZoo) -> None:
+    description = json.loads((zoo.folder / ZOO_FILE).read_text())
+    (zoo.folder / ZOO_FILE).write_text(json.dumps({**description, "schema_version": 2}))
+    with pytest.raises(UserError, match="schema version 2, this weightspace repairs version 1"):
+        repair(zoo.folder)
 
 
 def test_a_cut_costs_what_is_behind_it(zoo: ModelZoo, tiny_zoo: ModelZoo) -> None:

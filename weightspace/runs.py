@@ -74,9 +74,9 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; NaN and infinity become null, since JSON has no word for them."""
-    write_text(path, json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n")
+def write_json(path: Path, content: Any, sort: bool = True) -> None:
+    """Write JSON atomically, sorted by key or as it is; NaN and infinity, for which JSON has no word, become null."""
+    write_text(path, json.dumps(finite(content), indent=1, sort_keys=sort, allow_nan=False) + "\n")
 
 
 def finite(content: Any) -> Any:

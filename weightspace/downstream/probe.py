@@ -30,14 +30,13 @@ from weightspace.hyperrep.pretrain import Monitor, training_checkpoints
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, notice, progress
-from weightspace.zoo.model_zoo import ModelZoo, check_numeric, usable
+from weightspace.zoo.model_zoo import SPLITS, ModelZoo, check_numeric, usable
 
 STAGE = "probe"
 CLASSES = 20
 """Most values of a column of text that is taken for a category."""
 NAMES = ["split", "source", "digest"]
 """Columns of text that say which checkpoint it is, and are no property of it."""
-SPLITS = ("train", "val", "test", "unseen")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Array = np.ndarray[Any, Any]

@@ -59,8 +59,8 @@ def bare(names: Sequence[str]) -> dict[str, str]:
 def match(shapes: Shapes, architecture: Architecture) -> Fit:
     """Find every parameter of a base network in a state_dict.
 
-    By name, without the prefixes of wrappers; else by position: layers in natural order of their names, with equal
-    shapes all along; else by shape, where every shape is there once.
+    By name, without the prefixes of wrappers; else by position: layers in their order or in the natural order of their
+    names, with the same kinds (weight, bias, ...) and shapes all along; else by shape, where every shape is there once.
 
     Raises:
         Misfit: no such assignment; the message names every tensor that is missing, of another shape or left over.
@@ -70,13 +70,43 @@ def match(shapes: Shapes, architecture: Architecture) -> Fit:
     shapes = {name: shape for name, shape in shapes.items() if name not in again}
     if set(wanted) == set(found) and all(tuple(shapes[found[name]]) == wanted[name] for name in wanted):
         return Fit(architecture, {name: found[name] for name in wanted})
-    for order in (list(shapes), sorted(shapes, key=natural)):
-        if not set(wanted) & set(found) and [tuple(shapes[name]) for name in order] == list(wanted.values()):
+    for order in (list(shapes), sorted(shapes, key=_layered)):
+        if not set(wanted) & set(found) and _alike(shapes, order, wanted):
             return Fit(architecture, dict(zip(wanted, order, strict=True)))
     by_shape = {tuple(shape): name for name, shape in shapes.items()}
     if len(by_shape) == len(shapes) == len(wanted) and set(by_shape) == set(wanted.values()):
         return Fit(architecture, {name: by_shape[shape] for name, shape in wanted.items()})
     raise Misfit(f"not a {architecture}: {_difference(shapes, wanted, found)}")
+
+
+KINDS = ("weight", "bias", "running_mean", "running_var")
+"""The tensors of a layer in the order in which modules register them."""
+
+
+def _layered(name: str) -> tuple[Any, ...]:
+    """Sort key: layers in natural order, their tensors as modules register them."""
+    layer, _, kind = name.rpartition(".")
+    return natural(layer), KINDS.index(kind) if kind in KINDS else len(KINDS), kind
+
+
+def _alike(shapes: Shapes, order: Sequence[str], wanted: Shapes) -> bool:
+    """Whether tensors in some order are the parameters one after another, beyond doubt.
+
+    Shapes and kinds agree all along, and tensors that could be taken for each other differ in a number only, which
+    says their order: `hidden.weight` and `last.weight` do not say which comes first. Plain numbers say it too.
+    """
+    if [tuple(shapes[name]) for name in order] != list(wanted.values()):
+        return False
+    patterns: dict[Any, set[str]] = {}
+    for name in order:
+        patterns.setdefault((tuple(shapes[name]), _kind(name)), set()).add(re.sub(r"\d+", "#", name))
+    if len(set().union(*patterns.values())) == 1:
+        return True
+    return [_kind(name) for name in order] == list(map(_kind, wanted)) and all(len(p) == 1 for p in patterns.values())
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -97,6 +127,7 @@ def _difference(shapes: Shapes, wanted: Shapes, found: Mapping[str, str]) -> str
     ]
     lines += [f"{name} {_size(wanted[name])} is missing" for name in wanted if name not in pairs]
     lines += [f"{name} {_size(shapes[name])} is left over" for name in order if name not in pairs.values()]
+    lines = lines or ["its tensors have other names, which do not say which is which"]
     there, needed = (sum(math.prod(shape) for shape in each.values()) for each in (shapes, wanted))
     more = f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
     return f"{'; '.join(lines[:6])}{more} ({there:,} values, needed {needed:,})"

@@ -63,11 +63,22 @@ def export_zoo(zoo: ModelZoo, folder: Path, layout: str, query: str | None = Non
         query: a condition on the rows, such as "val_acc > 0.8 and epoch == 25" (default: all).
 
     Raises:
-        UserError: no such layout, an invalid query, or nothing that fulfils it.
+        UserError: no such layout, an invalid query, nothing that fulfils it, or checkpoints that the layout cannot
+            tell apart.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}; zoos are written as {', '.join(LAYOUTS)}")
     frame = zoo.rows(query)
+    twice = frame.duplicated(["member", "epoch"])
+    if layout != "weightspace" and twice.any():
+        member, epoch = frame.loc[twice, ["member", "epoch"]].iloc[0]
+        raise UserError(
+            f"{zoo.folder} has several checkpoints of member {member} at epoch {epoch}, which {layout} keeps under one "
+            "name; choose among them with --query, or export as weightspace"
+        )
+    last = int(frame["epoch"].max())
+    if layout == "ray-tune" and last > ray_tune.LAST_EPOCH:
+        raise UserError(f"ray-tune keeps a line per epoch up to {last:,}, which is no epoch; export as directory")
     claim = {"zoo": zoo.fingerprint, "layout": layout, "query": query}
     with runs.stage(folder, "export", claim) as todo:
         if todo:

@@ -49,6 +49,13 @@ from weightspace.zoo.untrusted import ARCHIVES, Unreadable, unpack
 REPORT_FILE = "report.jsonl"
 UNIT_BYTES = 32 * 2**20
 """Weights of one shard, about."""
+LAST_EPOCH = 2**31
+"""Greater numbers are no epochs."""
+EPOCHS = (
+    "of epoch {}",
+    "without an epoch; say the epochs in a table (column `epoch`) or in the names: net_epoch_12.pt",
+)
+"""What is said of a checkpoint that is there twice: with an epoch, without."""
 REMOTE = "hub:"
 """How a source on the hub begins: hub:owner/name,owner/name or hub:FILE with a name per line."""
 
@@ -195,6 +202,9 @@ class _Zoos:
         self.provenance = {"source": source, "import": _settings(config)}
         self.writers: dict[str, ZooWriter] = {}
         self.seen: set[str] = set()
+        """Digests of the checkpoints that were read."""
+        self.places: set[tuple[str, int]] = set()
+        """(member, epoch) of the checkpoints that were read."""
 
     def writer(self, name: str, architecture: Architecture) -> ZooWriter:
         if name not in self.writers:
@@ -254,6 +264,7 @@ def _read(found: list[Found], folder: Path, config: ImportConfig, seed: int, sou
                 reasons[line["reason"]] += 1
             else:
                 zoos.seen.add(line["digest"])
+                zoos.places.add((line["member"], line["epoch"] or 0))
                 if unit not in shards.setdefault(line["zoo"], []):
                     shards[line["zoo"]].append(unit)
                     zoos.writer(line["zoo"], Architecture(**line["architecture"]))
@@ -310,6 +321,11 @@ def _unit(
         if entry.notes:
             line["notes"] = list(entry.notes)
         lines.append(line)
+        place = entry.member, entry.epoch or 0
+        if not 0 <= place[1] <= LAST_EPOCH:
+            network = f"the epoch {entry.epoch} cannot be"
+        elif place in zoos.places:
+            network = f"member {entry.member!r} has another checkpoint {EPOCHS[entry.epoch is None].format(place[1])}"
         if isinstance(network, str):
             line["reason"] = network
             continue
@@ -322,6 +338,7 @@ def _unit(
         if "reason" not in line:
             line |= {"status": "read", "zoo": network.zoo, "architecture": network.architecture.to_json()}
             zoos.seen.add(network.digest)
+            zoos.places.add(place)
             shard = kept.setdefault(network.zoo, _Shard(network.architecture))
             shard.networks.append(network)
             shard.rows.append(_row(entry, members[entry.member], config.task))
@@ -375,14 +392,18 @@ def _network(entry: Found, network: str | None, arguments: Mapping[str, Any], fi
         key = (tuple(shapes.items()), network, repr(arguments))
         if key not in fits:
             fits[key] = _fitted(shapes, network, arguments)
+        known = fits[key]
+        if isinstance(known, str):
+            return known
+        name, fitted = known
+        flat = torch.cat([state[theirs].detach().to(torch.float32).flatten() for theirs in fitted.names.values()])
+        return _Network(name, fitted.architecture, flat, digest(flat.numpy()), _problem(flat))
     except (Unreadable, Misfit) as problem:
         return str(problem)
-    known = fits[key]
-    if isinstance(known, str):
-        return known
-    name, fitted = known
-    flat = torch.cat([state[theirs].detach().to(torch.float32).flatten() for theirs in fitted.names.values()])
-    return _Network(name, fitted.architecture, flat, digest(flat.numpy()), _problem(flat))
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # one odd file among thousands does not end an import; a full disk is met in writing
+        return f"cannot be used ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
 
 
 def _fitted(shapes: Shapes, network: str | None, arguments: Mapping[str, Any]) -> tuple[str, Fit] | str:

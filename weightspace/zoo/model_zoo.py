@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 
 from weightspace import hub
@@ -48,6 +49,10 @@ SHARED_FILES = (ZOO_FILE, TABLE_FILE, "weights-*.safetensors")
 """What a zoo consists of."""
 PLACE_COLUMNS = ["shard", "row", "digest"]
 """Where the weights of a row are, and what they are; no property of a network."""
+SPLITS = ("train", "val", "test", "unseen")
+"""What a member is for."""
+ROWS_AT_ONCE = 256
+"""Checkpoints of which digests are computed at a time."""
 LARGEST_WEIGHT = 10_000
 """A checkpoint with a greater weight is left out (filter of the field)."""
 
@@ -84,15 +89,16 @@ class ModelZoo:
         if problems:
             raise UserError(f"the zoo {folder} is damaged: {problems[0]}; `weightspace zoo verify` lists all problems")
         try:
+            count = parquet.read_metadata(folder / TABLE_FILE).num_rows  # before memory is taken
+            one = 4 * sum(math.prod(shape) for shape in description["parameters"].values())
+            if one * count > sum(file["bytes"] for file in description["files"].values()):
+                raise UserError(f"the zoo {folder} is damaged: {count:,} checkpoints of {one:,} bytes are not in it")
             frame = pd.read_parquet(folder / TABLE_FILE)
         except (OSError, ValueError) as error:
             raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} cannot be read ({error})") from None
         missing = [column for column in REQUIRED_COLUMNS if column not in frame]
         if missing:
             raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} lacks {', '.join(missing)}")
-        one = 4 * sum(math.prod(shape) for shape in description["parameters"].values())
-        if one * len(frame) > sum(file["bytes"] for file in description["files"].values()):
-            raise UserError(f"the zoo {folder} is damaged: {len(frame):,} checkpoints of {one:,} bytes are not in it")
         return cls(folder, description, frame)
 
     @classmethod
@@ -233,7 +239,10 @@ def open_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tens
             if names != set(shapes):
                 raise UserError(f"{path} holds {sorted(names)}, expected {sorted(shapes)}")
             for name, shape in shapes.items():
-                found = tuple(shard.get_slice(name).get_shape())
+                piece = shard.get_slice(name)
+                found = tuple(piece.get_shape())
+                if piece.get_dtype() != "F32":
+                    raise UserError(f"{path}: {name} is of type {piece.get_dtype()}, expected F32")
                 if found[1:] != shape:
                     raise UserError(f"{path}: {name} has shape {found}, expected (n, {', '.join(map(str, shape))})")
             return {name: shard.get_tensor(name) for name in shapes}
@@ -303,13 +312,50 @@ def verify(folder: str | Path) -> list[str]:
     if problems:
         return problems
     frame = pd.read_parquet(folder / TABLE_FILE)
+    problems = list(_problems_of_table(frame, description))
+    if problems:
+        return problems
     shapes = {name: tuple(shape) for name, shape in description["parameters"].items()}
     for shard, rows in frame.groupby("shard"):
-        stacked = open_shard(folder / shard_name(int(str(shard))), shapes)
-        sizes = {len(weight) for weight in stacked.values()}
-        if sizes != {len(rows)} or sorted(rows["row"]) != list(range(len(rows))):
-            problems.append(f"{shard_name(int(str(shard)))} holds {sizes} rows, {TABLE_FILE} lists {len(rows)}")
+        problems += _problems_of_shard(folder / shard_name(int(str(shard))), shapes, rows.sort_values("row"))
     return problems
+
+
+def _problems_of_table(frame: pd.DataFrame, description: dict[str, Any]) -> Iterator[str]:
+    missing = [column for column in REQUIRED_COLUMNS if column not in frame]
+    if missing:
+        yield f"{TABLE_FILE} lacks {', '.join(missing)}"
+        return
+    for name in ("member", "epoch", "shard", "row"):
+        if frame[name].dtype.kind not in "iu" or (frame[name] < 0).any():
+            yield f"{TABLE_FILE}: {name} holds other values than whole numbers from 0"
+    for name, known in (("split", SPLITS), ("task", description["tasks"])):
+        wrong = sorted({str(value) for value in frame[name]} - set(known))
+        if wrong:
+            yield f"{TABLE_FILE}: {name} holds {', '.join(wrong[:5])}, expected {', '.join(known)}"
+    named = {shard_name(int(shard)) for shard in frame["shard"].unique() if isinstance(shard, int | np.integer)}
+    if lost := sorted(named - set(description["files"])):
+        yield f"{TABLE_FILE} names {', '.join(lost[:5])}, which {ZOO_FILE} does not list"
+
+
+def _problems_of_shard(path: Path, shapes: dict[str, tuple[int, ...]], rows: pd.DataFrame) -> Iterator[str]:
+    import torch
+
+    try:
+        stacked = open_shard(path, shapes)
+    except UserError as error:
+        yield str(error)
+        return
+    sizes = {len(weight) for weight in stacked.values()}
+    if sizes != {len(rows)} or rows["row"].tolist() != list(range(len(rows))):
+        yield f"{path.name} holds {sizes} rows, {TABLE_FILE} lists {len(rows)}"
+        return
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = [weight[start : start + ROWS_AT_ONCE].flatten(1) for weight in stacked.values()]
+        for row, values in enumerate(torch.cat(some, 1).numpy(), start):
+            if digest(values) != rows["digest"].iloc[row]:
+                yield f"{path.name}, row {row}: the weights have another digest than {TABLE_FILE} says"
+                return
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -373,7 +419,7 @@ class ZooWriter:
             "files": files,
             "fingerprint": fingerprint({name: file["sha256"] for name, file in files.items()}),
         }
-        write_json(self.folder / ZOO_FILE, description)
+        write_json(self.folder / ZOO_FILE, description, sort=False)  # digests follow the order of the parameters
         for part in parts:
             part.unlink()
         return ModelZoo.open(self.folder)

@@ -28,7 +28,7 @@ from weightspace.networks.architectures import Architecture, arguments_of, check
 from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, unflatten
 from weightspace.runs import UserError, cores, derive_seed, notice, progress, read_json, write_json
 from weightspace.tasks.images import ImageTask, load_task
-from weightspace.zoo.model_zoo import ZOO_FILE, ModelZoo, ZooWriter
+from weightspace.zoo.model_zoo import SPLITS, ZOO_FILE, ModelZoo, ZooWriter
 
 UNIT = 64
 """Most members that are trained and written together as one shard; what an interrupted run can lose."""
@@ -63,7 +63,7 @@ def grid(config: ZooConfig, seed: int) -> pd.DataFrame:
     members.loc[unseen, "split"] = "unseen"
     members.loc[shuffled[:val], "split"] = "val"
     members.loc[shuffled[val : val + test], "split"] = "test"
-    absent = {"train", "val", "test", "unseen"} - set(members["split"])
+    absent = set(SPLITS) - set(members["split"])
     if absent:
         raise UserError(
             f"a zoo of {len(members)} members with these shares has no member in {', '.join(sorted(absent))}; "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, locked, read_json
 from weightspace.zoo.model_zoo import (
     PLACE_COLUMNS,
+    SCHEMA_VERSION,
     TABLE_FILE,
     ZOO_FILE,
     ZooWriter,
@@ -56,19 +58,23 @@ def repair(folder: Path) -> tuple[int, pd.DataFrame, Path]:
         _check_table(folder, description)
         frame = pd.read_parquet(folder / TABLE_FILE)
         architecture = Architecture(**description["architecture"])
+        if {name: list(shape) for name, shape in architecture.shapes.items()} != description["parameters"]:
+            raise UserError(f"{folder} was written for another {architecture}; give the base network as it was")
         shutil.rmtree(made, ignore_errors=True)
         writer = ZooWriter(made, architecture, {**description.get("provenance", {}), "repaired": True})
         shards, lost = [], []
         for shard, rows in frame.groupby("shard"):
             rows = rows.sort_values("row")
-            weights = salvaged(folder / shard_name(int(str(shard))), len(rows), architecture.shapes)
-            everything = Checkpoints(architecture, weights, rows.drop(columns=PLACE_COLUMNS).reset_index(drop=True))
-            found = [digest(values) for values in everything.flat().numpy()]
-            whole = np.array(found) == rows["digest"].to_numpy()
+            best, whole = None, np.zeros(len(rows), bool)
+            for weights in salvaged(folder / shard_name(int(str(shard))), len(rows), architecture.shapes):
+                read = Checkpoints(architecture, weights, rows.drop(columns=PLACE_COLUMNS).reset_index(drop=True))
+                found = np.array([digest(values) for values in read.flat().numpy()]) == rows["digest"].to_numpy()
+                if best is None or found.sum() > whole.sum():
+                    best, whole = read, found
             lost.append(rows[~whole])
-            if whole.any():
+            if best is not None and whole.any():
                 shards.append(int(str(shard)))
-                writer.write(shards[-1], everything.rows(whole))
+                writer.write(shards[-1], best.rows(whole))
         if not shards:
             shutil.rmtree(made, ignore_errors=True)
             raise UserError(f"no checkpoint of {folder} is intact; restore it from a copy or make the zoo again")
@@ -92,26 +98,51 @@ def _check_table(folder: Path, description: Any) -> None:
     advice = "restore it from a copy, or make the zoo again"
     if not isinstance(description, dict) or not {"files", "architecture", "parameters"} <= description.keys():
         raise UserError(f"{folder / ZOO_FILE} is damaged, without it nothing can be repaired; {advice}")
+    version = description.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder} has schema version {version!r}, this weightspace repairs version {SCHEMA_VERSION}; use the "
+            "version of weightspace that wrote it"
+        )
     table = folder / TABLE_FILE
     if not table.is_file() or described(table) != description["files"].get(TABLE_FILE):
         raise UserError(f"{table} is damaged or missing, and it alone says which checkpoint is which; {advice}")
 
 
-def salvaged(path: Path, count: int, shapes: Shapes) -> dict[str, torch.Tensor]:
+def salvaged(path: Path, count: int, shapes: Shapes) -> Iterator[dict[str, torch.Tensor]]:
     """What is left of a shard: its bytes where a whole one has them, zeros where there are none.
+
+    Cut once as its own header says, if that can be read, and once as `save` lays it out: other writers may order the
+    parameters otherwise, and a header may be damaged.
 
     Args:
         path: of the shard; it may be damaged, cut or missing.
         count: checkpoints that were written to it.
         shapes: {parameter: shape}.
     """
-    whole = save({name: torch.zeros(count, *shape) for name, shape in shapes.items()})  # of the same layout
-    length = int.from_bytes(whole[:8], "little")
-    places: dict[str, Any] = json.loads(whole[8 : 8 + length])
-    content = path.read_bytes()[: len(whole)] if path.is_file() else b""
-    content = content.ljust(len(whole), b"\0")
-    found = {}
-    for name, shape in shapes.items():
-        start, end = (8 + length + offset for offset in places[name]["data_offsets"])
-        found[name] = torch.from_numpy(np.frombuffer(content[start:end], "<f4").copy()).view(count, *shape)
-    return found
+    content = path.read_bytes() if path.is_file() else b""
+    usual = save({name: torch.zeros(count, *shape) for name, shape in shapes.items()})
+    for header in (content, usual):
+        places = _places(header, count, shapes)
+        if places is not None:
+            found = {}
+            for name, (start, end) in places.items():
+                values = np.frombuffer(content[start:end].ljust(end - start, b"\0"), "<f4").copy()
+                found[name] = torch.from_numpy(values).view(count, *shapes[name])
+            yield found
+
+
+def _places(content: bytes, count: int, shapes: Shapes) -> dict[str, tuple[int, int]] | None:
+    """First and last byte of every parameter, by the header of a safetensors file; None where it cannot be so."""
+    length = int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8 : 8 + length])
+        places = {}
+        for name, shape in shapes.items():
+            start, end = header[name]["data_offsets"]
+            if end - start != 4 * count * math.prod(shape) or not start >= 0 or header[name]["dtype"] != "F32":
+                return None
+            places[name] = (8 + length + start, 8 + length + end)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return places

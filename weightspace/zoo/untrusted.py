@@ -6,10 +6,12 @@ is and what to do.
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import pickle
 import pickletools
 import re
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyarrow import parquet
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
@@ -32,6 +35,12 @@ LARGEST_FILE = 16 * 2**30
 """Bytes of the largest file that is read."""
 LARGEST_TEXT = 256 * 2**20
 """Bytes of the largest JSON or table, unpacked."""
+LARGEST_TABLE = 20_000_000
+"""Cells of the largest Parquet table."""
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of the largest header of a tar archive."""
+MOST_ENTRIES = 2_000_000
+"""Entries of the largest archive."""
 
 
 class Unreadable(Exception):
@@ -62,23 +71,31 @@ def read_saved(path: Path) -> Any:
             return {name: content[name] for name in sorted(content, key=natural)}  # the format has no order
         _check_records(path, size)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(content, size, set())
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes the libraries raise anything
         needed = _class_of(path, error)
         raise Unreadable(REFUSED.format(needed) if needed else _reason(error)) from None
-    _check_sizes(content, size)
     return content
 
 
-def _check_sizes(content: Any, size: int, depth: int = 0) -> None:
-    """Refuse tensors that claim more values than their file can hold, as views of one value may."""
+def _check_sizes(content: Any, size: int, met: set[int], depth: int = 0) -> None:
+    """Refuse tensors that claim more values than their file can hold, as views of one value may.
+
+    Args:
+        content: what was read.
+        size: bytes of the file.
+        met: containers that were looked at; a pickle may hold one of them a billion times.
+        depth: of this one.
+    """
     if isinstance(content, Tensor) and content.numel() * content.element_size() > size:
         shape = tuple(content.shape)
         raise Unreadable(f"a tensor claims the shape {shape}, more than the file of {size:,} bytes can hold")
-    if depth < 8 and isinstance(content, Mapping | list | tuple):
+    if depth < 8 and isinstance(content, Mapping | list | tuple) and id(content) not in met:
+        met.add(id(content))
         for value in content.values() if isinstance(content, Mapping) else content:
-            _check_sizes(value, size, depth + 1)
+            _check_sizes(value, size, met, depth + 1)
 
 
 def _size(path: Path, most: int) -> int:
@@ -94,13 +111,18 @@ def _size(path: Path, most: int) -> int:
 
 
 def _check_records(path: Path, size: int) -> None:
-    """Refuse what torch.save never writes: an archive whose records are larger than the file (a bomb)."""
-    if not zipfile.is_zipfile(path):
-        return  # the older format, a bare pickle
-    with zipfile.ZipFile(path) as archive:
-        records = sum(record.file_size for record in archive.infolist())
-    if records > size:
-        raise Unreadable(f"its records unpack to {records:,} bytes, more than the file's {size:,}")
+    """Refuse what torch.save never writes: records larger than the file (a bomb), room that is only asked for."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            records = sum(record.file_size for record in archive.infolist())
+            if records > size:
+                raise Unreadable(f"its records unpack to {records:,} bytes, more than the file's {size:,}")
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            programs = [archive.read(name) for name in names]
+    else:
+        programs = [path.read_bytes()]  # the older format, a bare pickle
+    if any(b"bytearray" in program for program in programs):  # torch lets bytearray(10**12) through
+        raise Unreadable(REFUSED.format("builtins.bytearray"))
 
 
 REFUSED = (
@@ -142,22 +164,26 @@ def unwrapped(content: Any) -> dict[str, Tensor]:
     Raises:
         Unreadable: there is none.
     """
-    for _ in range(4):  # wrappers may be nested
-        if not isinstance(content, Mapping):
-            break
-        state = {
-            str(name): value
-            for name, value in content.items()
-            if isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
-        }
+    for _ in range(4):  # wrappers may be nested, and have tensors (a loss, a step) beside the state_dict
+        inner = [content[key] for key in WRAPPERS if isinstance(content, Mapping) and key in content]
+        content = next((mapping for mapping in inner if isinstance(mapping, Mapping)), content)
+    if isinstance(content, Mapping):
+        state = {str(name): value for name, value in content.items() if is_plain(value)}
         if state:
             return state
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
     kind = f"a mapping with {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else ""
     raise Unreadable(f"holds no state_dict but {kind or 'a ' + type(content).__name__}")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether something is a tensor of real numbers in memory: not sparse, nested, quantized or without storage."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -236,8 +262,20 @@ def read_table(path: Path) -> pd.DataFrame:
         return _parsed(path, lambda: pd.DataFrame(read_json_lines(path)))
     if endings == "parquet":
         _size(path, LARGEST_FILE)
-        return _parsed(path, lambda: pd.read_parquet(path))
+        return _parsed(path, lambda: _read_parquet(path))
     raise Unreadable("no table that can be read: name it .csv, .csv.gz, .jsonl or .parquet")
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """A Parquet file; text stays in dictionaries, so that a long word repeated a million times is there once."""
+    with parquet.ParquetFile(path) as file:
+        cells, size = file.metadata.num_rows * file.metadata.num_columns, file.metadata.num_rows
+        packed = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        if cells > LARGEST_TABLE or packed > LARGEST_TEXT:
+            raise Unreadable(f"a table of {size:,} rows and {cells:,} cells; over {LARGEST_TABLE:,} are not read")
+        text = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string", "binary")]
+    with parquet.ParquetFile(path, read_dictionary=text) as file:
+        return file.read().to_pandas()
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
@@ -280,7 +318,9 @@ def unpack(archive: Path, folder: Path, most: int) -> list[str]:
         raise Unreadable(too_much)
     skipped, taken = [], 0
     try:
-        for name, size, ordinary, read in _entries(archive):
+        for number, (name, size, ordinary, read) in enumerate(_entries(archive)):
+            if number >= MOST_ENTRIES:
+                raise Unreadable(f"holds more than {MOST_ENTRIES:,} files")
             where = PurePosixPath(name.replace("\\", "/"))
             if where.is_absolute() or ".." in where.parts or ":" in name.split("/")[0] or "\0" in name:
                 raise Unreadable(f"holds the path {name!r}, which leaves its folder; do not use this archive")
@@ -309,6 +349,18 @@ def unpack(archive: Path, folder: Path, most: int) -> list[str]:
     return skipped
 
 
+class _Headers:
+    """A tar archive of which files are read in blocks: what is read in one piece and large is a header."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise Unreadable(f"has a header of {size:,} bytes; none has over {LARGEST_HEADER:,}")
+        return self.file.read(size)
+
+
 def _entries(archive: Path) -> Iterator[tuple[str, int, bool, Callable[[int], bytes]]]:
     """Name, size, whether it is an ordinary file, and how to read it, of everything but folders."""
     if zipfile.is_zipfile(archive):
@@ -319,7 +371,9 @@ def _entries(archive: Path) -> Iterator[tuple[str, int, bool, Callable[[int], by
                     with packed.open(entry) as file:
                         yield entry.filename, entry.file_size, kind in (0, stat.S_IFREG), file.read
         return
-    with tarfile.open(archive) as packed:
+    endings = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    unpacked = endings.get(archive.suffix, open)
+    with unpacked(archive, "rb") as plain, tarfile.open(fileobj=_Headers(plain), mode="r:") as packed:  # type: ignore
         for item in packed:
             file = packed.extractfile(item) if item.isreg() else None
             if not item.isdir():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,15 @@ def read(root: Path) -> Iterator[Found]:
     Member and epoch are columns of the table, or read off the file's name: net3_epoch_12.pt, net3/checkpoint-12.pt.
 
     Raises:
-        Unreadable: several tables, or one without a column that names the files.
+        Unreadable: several tables, one without a column that names the files, or one that names a file twice.
     """
     known, listed = _properties(root)
-    for name in sorted(files_of(root), key=natural):
-        said = known.get(name, known.get(os.path.basename(name), known.get(Path(name).stem, {})))
-        member, epoch = _of_name(name)
+    files = sorted(files_of(root), key=natural)
+    short = Counter(key for name in files for key in {os.path.basename(name), Path(name).stem})
+    for name in files:
+        keys = [name, *(key for key in (os.path.basename(name), Path(name).stem) if short[key] == 1)]
+        said = next((known[key] for key in keys if key in known), {})
+        member, epoch = _of_name(name, root.resolve().name)
         if isinstance(said.get("epoch"), int | float) and math.isfinite(said["epoch"]):
             epoch = int(said["epoch"])
         own = ("member", "epoch", "split", "network", "arguments")
@@ -79,13 +84,13 @@ def _arguments(text: Any) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _of_name(name: str) -> tuple[str, int | None]:
-    """Member and epoch by a file's name."""
+def _of_name(name: str, root: str) -> tuple[str, int | None]:
+    """Member and epoch by a file's name; the epochs of one member may lie in the root, which has its name then."""
     whole, _ = os.path.splitext(name)
     said = EPOCH.search(whole)
     if said is None:
         return whole, None
-    return whole[: said.start()].rstrip("/") or os.path.basename(whole), int(said.group(1))
+    return whole[: said.start()].rstrip("/") or root, int(said.group(1))
 
 
 def _properties(root: Path) -> tuple[dict[str, dict[str, Any]], str]:
@@ -105,7 +110,10 @@ def _properties(root: Path) -> tuple[dict[str, dict[str, Any]], str]:
     found: dict[str, dict[str, Any]] = {}
     for row in table.to_dict("records"):
         cells = {column(str(name)): scalar(_plain(value)) for name, value in row.items() if name != key}
-        found[str(row[key])] = {name: value for name, value in cells.items() if value is not None}
+        file = posixpath.normpath(str(row[key]).replace("\\", "/"))
+        if file in found:
+            raise Unreadable(f"{tables[0].name} has several rows for {file}")
+        found[file] = {name: value for name, value in cells.items() if value is not None}
     return found, tables[0].name
 
 

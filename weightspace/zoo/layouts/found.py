@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from weightspace.zoo.model_zoo import SPLITS
+
 
 @dataclass(frozen=True)
 class Found:
@@ -60,7 +62,7 @@ def activation_of(value: Any) -> dict[str, str]:
 def split_of(value: Any) -> str | None:
     """A split by what others call it: trainset, valid, validation, testset ..."""
     text = value.lower() if isinstance(value, str) else ""
-    return next((split for split in ("train", "val", "test", "unseen") if text.startswith(split)), None)
+    return next((split for split in SPLITS if text.startswith(split)), None)
 
 
 def scalar(value: Any) -> Any:

@@ -5,6 +5,7 @@ A snapshot is such a folder; a source is a snapshot, or a folder of snapshots.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,10 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WANTED = ("config.json", "README.md", *WEIGHTS, *INDICES, "model-*.safetensors", "pytorch_model-*.bin")
 """What is fetched of a repository: no code."""
+LONGEST_HEADER = 2**20
+"""Characters of the largest header of a model card."""
+MOST_METRICS = 10_000
+"""Metrics that are read of a model card."""
 DEPTH = 2
 """Folders below a source in which snapshots are sought: owner/name."""
 
@@ -95,6 +100,8 @@ def card_metrics(folder: Path) -> dict[str, Any]:
     header = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", read_text(card), re.DOTALL)
     if header is None:
         return {}
+    if len(header.group(1)) > LONGEST_HEADER:
+        raise Unreadable(f"its header has {len(header.group(1)):,} characters; over {LONGEST_HEADER:,} are not read")
     try:
         import yaml
     except ImportError:
@@ -102,9 +109,10 @@ def card_metrics(folder: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(header.group(1))
         entries = content.get("model-index", []) if isinstance(content, dict) else []
-        reported = [
+        metrics = (
             metric for entry in entries for result in entry.get("results", []) for metric in result.get("metrics", [])
-        ]
+        )
+        reported = list(itertools.islice(metrics, MOST_METRICS))  # an alias may repeat one of them without end
         found = {column(str(m.get("type") or m.get("name"))): scalar(m.get("value")) for m in reported}
     except (yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
         raise Unreadable(f"its header cannot be read ({type(error).__name__})") from None

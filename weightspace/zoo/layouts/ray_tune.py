@@ -28,6 +28,8 @@ from weightspace.zoo.untrusted import Unreadable, read_json, read_json_lines, re
 
 PARAMS_FILE = "params.json"
 RESULT_FILE = "result.json"
+LAST_EPOCH = 100_000
+"""The greatest epoch that is written: result.json has a line for each."""
 COLUMNS = {
     "seed": "seed",
     "model::init_type": "init",

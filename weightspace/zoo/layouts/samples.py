@@ -19,7 +19,7 @@ from torch import Tensor
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.fitting import Misfit, natural
 from weightspace.zoo.layouts.found import Found, column, folders, scalar, split_of
-from weightspace.zoo.untrusted import Unreadable, read_saved
+from weightspace.zoo.untrusted import Unreadable, is_plain, read_saved
 
 START = "dataset_torch."
 
@@ -50,7 +50,7 @@ def _found(root: Path, path: Path, split: str | None, architecture: Architecture
     name = str(path.relative_to(root))
     try:
         sample = read_saved(path)
-        if not isinstance(sample, Mapping) or not isinstance(sample.get("w"), Tensor):
+        if not isinstance(sample, Mapping) or not is_plain(sample.get("w")):
             raise Unreadable("no sample: a mapping with w, m, p and props is expected")
     except Unreadable as error:
         return Found(name, None, name, _raises(error))

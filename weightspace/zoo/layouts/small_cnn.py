@@ -26,6 +26,10 @@ COLUMNS = {
 """Their columns, without "config." -> ours."""
 
 
+KINDS = ("bias", "weight")
+"""Of one dimension, of more."""
+
+
 def detects(root: Path) -> bool:
     """Whether a folder holds the array of weights."""
     return (root / "weights.npy").is_file()
@@ -94,10 +98,6 @@ def _state(row: np.ndarray[Any, Any], variables: list[tuple[str, int, tuple[int,
     for name, start, shape in variables:
         value = flat[start : start + math.prod(shape)].view(shape)
         state[name] = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value
-    return {name: value.contiguous() for name, value in _weights_first(state)}
-
-
-def _weights_first(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Layer by layer, the kernel before the bias (the zoo keeps them the other way round)."""
-    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in state))
-    return sorted(state.items(), key=lambda item: (layers.index(item[0].rpartition("/")[0]), item[1].ndim < 2))
+    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in state))  # in their order in the network
+    numbered = {name: f"{layers.index(name.rpartition('/')[0])}.{KINDS[state[name].ndim > 1]}" for name in state}
+    return {numbered[name]: value.contiguous() for name, value in state.items()}
