@@ -52,7 +52,7 @@ def setting_of(
     normalizer = standardize(tokenizer, tokenizer.tokenize(checkpoints.weights).x)
     torch.manual_seed(0)
     autoencoder = Autoencoder(config, tokenizer.mask, tokenizer.positions)
-    representation = HyperRepresentation(checkpoints.architecture, config, autoencoder, normalizer, {}).to(device)
+    representation = HyperRepresentation(tokenizer, config, autoencoder, normalizer, {}).to(device)
     group = behavior.calibrate(checkpoints.architecture, device, queries, len(checkpoints), training=True)
     scales = {"contrastive": 1.0, "structural": 1.0, "behavioral": 1.0, "cycle": 1.0}
     network = checkpoints.architecture.build().to(device)

@@ -200,7 +200,7 @@ def test_a_representation_goes_on_from_another(tiny_zoo: ModelZoo, tmp_path: Pat
 
 def test_probes_during_training(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
     config = dataclasses.replace(BUDGET, probes=("val_acc",))
-    made = pretrain(tiny_zoo, tmp_path, config, LOSS, SMALL, 0, CPU, probe=monitor(tiny_zoo, config))
+    made = pretrain(tiny_zoo, tmp_path, config, LOSS, SMALL, 0, CPU, probe=monitor([tiny_zoo], config))
     assert [record["val"]["R2 val_acc"] <= 1 for record in read_lines(tmp_path / METRICS_FILE)] == [True] * 3
     assert torch.equal(state(made), state(train(tiny_zoo, tmp_path / "without")))  # it changes nothing
 

@@ -87,7 +87,7 @@ def representations(zoo: ModelZoo) -> dict[str, HyperRepresentation]:
         torch.manual_seed(0)
         autoencoder = Autoencoder(size, tokenizer.mask, tokenizer.positions).eval()
     normalizer = standardize(tokenizer, tokenizer.tokenize(zoo.select(split="train").weights).x)
-    return {"r": HyperRepresentation(zoo.architecture, size, autoencoder, normalizer, {})}
+    return {"r": HyperRepresentation(tokenizer, size, autoencoder, normalizer, {})}
 
 
 @pytest.fixture(scope="module")

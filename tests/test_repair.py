@@ -284,7 +284,7 @@ def claim_huge_width(folder: Path) -> None:
 def claim_huge_network(folder: Path) -> None:
     """A config of a base network of terabytes."""
     config = json.loads((folder / "config.json").read_text())
-    config["architecture"] = {"name": "MLP", "arguments": {"hidden": 2**20, "size": 2**10}}
+    config["networks"][0] |= {"name": "MLP", "arguments": {"hidden": 2**20, "size": 2**10}}
     (folder / "config.json").write_text(json.dumps(config))
 
 

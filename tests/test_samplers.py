@@ -12,6 +12,7 @@ from torch import Tensor
 from weightspace.downstream import samplers
 from weightspace.downstream.samplers import SAMPLERS, WITH_BANDWIDTH, sampler_named
 from weightspace.hyperrep.representation import Embeddings
+from weightspace.networks.architectures import Architecture
 from weightspace.runs import UserError
 
 
@@ -20,7 +21,7 @@ def generator(seed: int = 1) -> torch.Generator:
 
 
 def embeddings(z: Tensor) -> Embeddings:
-    return Embeddings(z, pd.DataFrame({"network": range(len(z))}))
+    return Embeddings(z, pd.DataFrame({"network": range(len(z))}), Architecture("CNN8"))
 
 
 def size(z: Tensor) -> Tensor:

@@ -441,29 +441,31 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_query_sets(digits: ImageTask) -> None:
     train = digits.train.images
-    (own,) = query_set("own", [digits], seeded(1)).sources
+    (own,) = query_set("own", digits, [digits], seeded(1)).sources
     assert torch.equal(own, train)
-    (noise,) = query_set("noise", [digits], seeded(1)).sources
+    (noise,) = query_set("noise", digits, [digits], seeded(1)).sources
     assert noise.shape == train.shape
     low, high = train.min(), train.max()
     assert noise.min() >= low and noise.max() <= high
     quarters = torch.histc(noise, 4, min=low.item(), max=high.item()) / noise.numel()
     assert (quarters - 0.25).abs().max() < 0.01  # uniform over the whole range
-    assert not torch.equal(noise, query_set("noise", [digits], seeded(2)).sources[0])
-    both = query_set("own+noise", [digits], seeded(1)).sources
+    assert not torch.equal(noise, query_set("noise", digits, [digits], seeded(2)).sources[0])
+    both = query_set("own+noise", digits, [digits], seeded(1)).sources
     assert torch.equal(both[0], train) and torch.equal(both[1], noise)
     cut = ImageTask("cut", 10, digits.val, digits.val, digits.test)
-    several = query_set("own+digits@1x8x8+noise", [digits, cut], seeded(1)).sources
-    assert [len(source) for source in several] == [1077, 270, 1077, 1347]  # one per task of the zoo
+    several = query_set("tasks+digits@1x8x8+noise", digits, [digits, cut], seeded(1)).sources
+    assert [len(source) for source in several] == [1077, 270, 1077, 1077]  # one per task of the zoo
     assert torch.equal(several[1], cut.train.images)
     assert torch.equal(several[2], load_task("digits@1x8x8").train.images)
 
 
 def test_foreign_queries_must_fit(digits: ImageTask) -> None:
     with pytest.raises(UserError, match=r"shape \(3, 4, 4\), .*\(1, 8, 8\); resize .* digits@1x8x8"):
-        query_set("own+digits@3x4x4", [digits], seeded())
-    with pytest.raises(UserError, match=r"query set 'own\+nois' \(own, noise or tasks, joined with \+\): unknown task"):
-        query_set("own+nois", [digits], seeded())
+        query_set("own+digits@3x4x4", digits, [digits], seeded())
+    with pytest.raises(
+        UserError, match=r"query set 'own\+nois' \(own, tasks, noise or a task's name, joined .*unknown task"
+    ):
+        query_set("own+nois", digits, [digits], seeded())
 
 
 def numbered(*sizes: int) -> QuerySet:

@@ -217,10 +217,13 @@ class ZooVerify:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Train a representation on a zoo and write it as one folder (best and last state)."""
+    """Train a representation on a zoo and write it as one folder (best and last state).
 
-    zoo: Folder
-    """folder of the zoo"""
+    Several zoos, of any base networks, share one representation: they take turns.
+    """
+
+    zoos: Folders
+    """folder of the zoo, or of several"""
     out: Path
     """folder of the representation"""
     pretrain: PretrainConfig = field(default_factory=lambda: DEFAULT.pretrain)
@@ -238,10 +241,14 @@ class Pretrain:
         from weightspace.zoo.model_zoo import ModelZoo
 
         device = choose_device(self.device)
-        zoo = ModelZoo.open(self.zoo)
+        if not self.zoos:
+            raise UserError("no zoo given; name at least one folder written by `weightspace zoo train` or `zoo import`")
+        zoos = [ModelZoo.open(folder) for folder in self.zoos]
         start = HyperRepresentation.load(self.start, device) if self.start else None
         size = start.autoencoder_config if start else self.autoencoder
-        made = pretrain_stage(self.out, zoo, self.pretrain, self.loss, size, self.seed, device, start)
+        made = pretrain_stage(
+            self.out, zoos if len(zoos) > 1 else zoos[0], self.pretrain, self.loss, size, self.seed, device, start
+        )
         best = ", ".join(f"{name} {value:.4g}" for name, value in made.info["validation"].items())
         print(f"{self.out}: best at step {made.info['step']}, validation {best}")
 

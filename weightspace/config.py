@@ -115,6 +115,13 @@ class AutoencoderConfig:
     """width of the projection head of the contrastive loss"""
     token_size: int | None = None
     """entries per token (default: the longest row)"""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """how the transformer is told where a token belongs: a vector per index, layer and unit, or waves, which go on
+    beyond the layers and units that were seen"""
+    window: int | None = None
+    """most tokens that are encoded, decoded and trained on at a time (default: the whole checkpoint)"""
+    halo: int = 0
+    """tokens on both sides of a window that are seen beside it"""
     components: int = 16
     """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints (0:
     the transformer alone, as published)"""
@@ -141,8 +148,8 @@ class LossConfig:
     variance_penalty: float = 0.0
     """weight of what the deviation of each latent value over the batch lacks to 1"""
     query_set: str = "own"
-    """inputs on which behavior is compared: own (training images of the zoo's tasks), noise, a task's name (foreign
-    images), or several joined by + in equal numbers"""
+    """inputs on which behavior is compared: own (training images of a checkpoint's own task), tasks (of all tasks of
+    the zoo), noise, a task's name (foreign images), or several joined by + in equal numbers"""
     queries: int = 128
     """queries per step"""
     permute: Literal["contrastive", "all", "none"] = "contrastive"
@@ -189,11 +196,11 @@ class PretrainConfig:
 POSITIVE = (
     "anchors", "batch_size", "epochs", "feedforward", "group", "head", "heads", "latent", "layers",
     "networks", "queries", "seeds", "steps", "temperature", "token_size", "unseen_seeds", "validate_every", "width",
-    "workers", "clip", "learning_rate", "max_bytes",
+    "workers", "clip", "learning_rate", "max_bytes", "window",
 )  # fmt: skip
 """Fields that have to be above zero."""
 NOT_NEGATIVE = (
-    "components", "condition", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling",
+    "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling",
 )  # fmt: skip
 """Fields that may be zero but not less."""
 SHARES = (

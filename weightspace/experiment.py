@@ -84,7 +84,7 @@ def zoo_stage(folder: Path, config: ZooConfig, seed: int, device: torch.device, 
 
 def pretrain_stage(
     folder: Path,
-    zoo: ModelZoo,
+    zoo: ModelZoo | Sequence[ModelZoo],
     config: PretrainConfig,
     loss: LossConfig,
     autoencoder: AutoencoderConfig,
@@ -93,12 +93,12 @@ def pretrain_stage(
     start: HyperRepresentation | None = None,
     title: str = "",
 ) -> HyperRepresentation:
-    """Train a representation on a zoo, from scratch or from another representation, and write it as one folder.
+    """Train a representation on a zoo or several, from scratch or from another representation; write it as one folder.
 
     With a title, which progress bars show instead of the folder's name, it is not told when that was done before.
     """
     claim = {
-        "zoo": zoo.fingerprint,
+        "zoo": zoo.fingerprint if isinstance(zoo, ModelZoo) else [each.fingerprint for each in zoo],
         "pretrain": dataclasses.asdict(config),
         "loss": dataclasses.asdict(loss),
         "autoencoder": dataclasses.asdict(autoencoder),
@@ -107,9 +107,19 @@ def pretrain_stage(
     }
     with runs.stage(folder, "representation", claim, quiet=bool(title)) as todo:
         if todo:
-            monitor = probe.monitor(zoo, config) if config.probes else None
+            zoos = [zoo] if isinstance(zoo, ModelZoo) else zoo
+            monitor = probe.monitor(zoos, config) if config.probes else None
             pretrain(zoo, folder, config, loss, autoencoder, seed, device, title or folder.name, monitor, start)
     return HyperRepresentation.load(folder, device)
+
+
+def on(zoo: ModelZoo, representations: Mapping[str, HyperRepresentation]) -> dict[str, HyperRepresentation]:
+    """The representations for the zoo's base network.
+
+    Raises:
+        UserError: one was not trained on such checkpoints.
+    """
+    return {name: representation.on(zoo.architecture) for name, representation in representations.items()}
 
 
 def _claim(
@@ -118,8 +128,6 @@ def _claim(
     """What the output of a downstream stage depends on."""
     check(config)
     check_names(representations)
-    for representation in representations.values():
-        representation.tokenizer.check_architecture(zoo.architecture)
     fingerprints = {name: representation.fingerprint for name, representation in representations.items()}
     return {"zoo": zoo.fingerprint, "representations": fingerprints, "config": dataclasses.asdict(config), **more}
 
@@ -133,7 +141,7 @@ def _write(folder: Path, records: Records, tables: Mapping[str, pd.DataFrame]) -
 
 def embed_stage(folder: Path, zoo: ModelZoo, representation: HyperRepresentation, split: str | None) -> None:
     """Write embeddings.safetensors (z [n, T, Z]) and embeddings.parquet (the n rows they belong to)."""
-    representation.tokenizer.check_architecture(zoo.architecture)
+    representation = representation.on(zoo.architecture)
     claim = {"zoo": zoo.fingerprint, "representation": representation.fingerprint, "split": split}
     with runs.stage(folder, "embed", claim) as todo:
         if todo:
@@ -151,6 +159,7 @@ def probe_stage(
     others: Mapping[str, ModelZoo] | None = None,
 ) -> Records:
     """Predict properties from embeddings, weight statistics and raw weights, also of other zoos {name: zoo}."""
+    representations = on(zoo, representations)
     others = others or {}
     fingerprints = {name: other.fingerprint for name, other in others.items()}
     with runs.stage(folder, "probe", _claim(zoo, representations, config, others=fingerprints)) as todo:
@@ -168,6 +177,7 @@ def reconstruct_stage(
     device: torch.device,
 ) -> Records:
     """Reconstruct held-out checkpoints and score them."""
+    representations = on(zoo, representations)
     with runs.stage(folder, "reconstruct", _claim(zoo, representations, config)) as todo:
         if todo:
             tasks = load_tasks(zoo, device)
@@ -185,6 +195,7 @@ def generate_stage(
     device: torch.device,
 ) -> Records:
     """Generate networks with every representation and baseline, score them and write them."""
+    representations = on(zoo, representations)
     with runs.stage(folder, "generate", _claim(zoo, representations, config, seed=seed)) as todo:
         if todo:
             made = generate.generate(zoo, representations, load_tasks(zoo, device), config, seed)

@@ -154,7 +154,7 @@ def networks_for(
         embedded = representation.embed(anchors)
 
         def decoded(z: Tensor, representation: HyperRepresentation = representation) -> Checkpoints:
-            return conditioned(representation.decode(Embeddings(z, numbered(len(z), task.name))))
+            return conditioned(representation.decode(Embeddings(z, numbered(len(z), task.name), architecture)))
 
         def fitness(z: Tensor, decoded: Callable[[Tensor], Checkpoints] = decoded) -> Tensor:
             return accuracy(decoded(z))

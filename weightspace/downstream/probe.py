@@ -26,7 +26,7 @@ from torch import Tensor
 from weightspace.config import PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import MAJORITY, RAW, STATISTICS
-from weightspace.hyperrep.pretrain import Monitor, training_checkpoints
+from weightspace.hyperrep.pretrain import Monitor, training_rows
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, notice, progress
@@ -240,26 +240,32 @@ def text_columns(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
     )
 
 
-def monitor(zoo: ModelZoo, config: PretrainConfig) -> Monitor:
-    """What `pretrain` measures at every validation: R2 of its configured properties on split 'val'.
+def monitor(zoos: Sequence[ModelZoo], config: PretrainConfig) -> Monitor:
+    """What `pretrain` measures at every validation: R2 of its configured properties on split 'val' of each zoo.
 
     The ridge probe is fitted on at most 512 training checkpoints with a fixed penalty: nothing is chosen by it.
     """
-    check_numeric(zoo.frame, config.probes)
-    train, val = (training_checkpoints(zoo, config, split) for split in ("train", "val"))
-    train = train.rows(np.linspace(0, len(train) - 1, min(len(train), 512)).astype(int))
+    each = []
+    for zoo in zoos:
+        check_numeric(zoo.frame, config.probes)
+        rows = {split: training_rows(zoo, config, split) for split in ("train", "val")}
+        rows["train"] = rows["train"].iloc[
+            np.linspace(0, len(rows["train"]) - 1, min(len(rows["train"]), 512)).astype(int)
+        ]
+        each.append({split: zoo.read(some) for split, some in rows.items()})
 
     def measure(representation: HyperRepresentation) -> dict[str, float]:
-        layers = representation.tokenizer.positions[:, 1]
-        parts = {"train": train, "val": val}
-        features = {split: embedding_features(representation.embed(part), layers) for split, part in parts.items()}
         found = {}
-        for prop in config.probes:
-            target = {split: part.frame[prop].to_numpy(dtype=float) for split, part in parts.items()}
-            error = ridge_probe(features, target, (0.1,))["val"] - target["val"]
-            found[f"R2 {prop}"] = float(
-                1 - np.square(error).sum() / np.square(target["val"] - target["val"].mean()).sum()
-            )
+        for parts in each:
+            own = representation.on(parts["val"].architecture)
+            layers = own.tokenizer.positions[:, 1]
+            features = {split: embedding_features(own.embed(part), layers) for split, part in parts.items()}
+            for prop in config.probes:
+                target = {split: part.frame[prop].to_numpy(dtype=float) for split, part in parts.items()}
+                error = ridge_probe(features, target, (0.1,))["val"] - target["val"]
+                deviation = target["val"] - target["val"].mean()
+                name = f"R2 {prop}" if len(each) == 1 else f"R2 {prop} {own.architecture.name}"
+                found[name] = float(1 - np.square(error).sum() / np.square(deviation).sum())
         return found
 
     return measure

@@ -126,7 +126,7 @@ def bootstrapped(sampler: Sampler, fitness: Fitness, rounds: int = 3, factor: in
         draw = subsampled(sampler, fitness, factor)
         for _ in range(rounds - 1):
             kept = draw(anchors, len(anchors.z), generator)
-            anchors = Embeddings(kept, pd.DataFrame(index=range(len(kept))))
+            anchors = Embeddings(kept, pd.DataFrame(index=range(len(kept))), anchors.architecture)
         return draw(anchors, count, generator)
 
     return sample

@@ -1,10 +1,13 @@
 """The autoencoder: tokens of one checkpoint -> embedding -> tokens, with attention over the tokens of one checkpoint.
 
-Legend: n, B checkpoints, T tokens, D token size, M model width, Z latent values per token, K components.
+Legend: n, B checkpoints, T tokens of one, T' of a stretch, D token size, M model width, Z latent values per token,
+K components.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +20,47 @@ from weightspace.config import AutoencoderConfig
 from weightspace.runs import UserError
 
 
-class Positions(nn.Module):
+class LearnedPositions(nn.Module):
     """Learned vectors for the three positions of a token, summed."""
 
-    positions: Tensor
-    """[T, 3]"""
-
-    def __init__(self, positions: Tensor, width: int) -> None:
+    def __init__(self, highest: Sequence[int], width: int) -> None:
         super().__init__()
-        self.register_buffer("positions", positions, persistent=False)
-        tables = [nn.Embedding(int(column.max()) + 1, width) for column in positions.T]
+        tables = [nn.Embedding(most + 1, width) for most in highest]
         for table in tables:
             nn.init.normal_(table.weight, std=0.02)
         self.tables = nn.ModuleList(tables)
 
-    def forward(self) -> Tensor:
-        return torch.stack(
-            [table(column) for table, column in zip(self.tables, self.positions.unbind(1), strict=True)]
-        ).sum(0)
+    def forward(self, positions: Tensor) -> Tensor:
+        """[T, 3] -> [T, M]."""
+        return torch.stack([table(column) for table, column in zip(self.tables, positions.unbind(1), strict=True)]).sum(
+            0
+        )
+
+
+class SinusoidalPositions(nn.Module):
+    """Waves of the three positions of a token (Vaswani et al. 2017, arXiv 1706.03762) and a learned linear map of them.
+
+    Its size does not depend on how many positions there are: layers and units beyond those of training have waves too.
+    """
+
+    WAVES = 16
+    """Frequencies per position, from 1 to 1/10,000."""
+
+    def __init__(self, highest: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(2 * self.WAVES * len(highest), width)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[T, 3] -> [T, M]."""
+        frequencies = 10_000 ** -torch.linspace(0, 1, self.WAVES, device=positions.device)
+        angles = (positions[:, :, None] * frequencies).flatten(1)  # [T, 3 * WAVES]
+        return self.map(torch.cat([angles.sin(), angles.cos()], 1))
+
+
+POSITIONS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+}
 
 
 class LinearMixture(nn.Module):
@@ -58,13 +84,13 @@ class LinearMixture(nn.Module):
         self.decoder = nn.Parameter(torch.zeros(components, tokens, latent, size))
         self.register_buffer("spread", torch.ones(2))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, Z]."""
-        return _mapped(x, self.centers, self.codes, self.encoder, self.spread[0])
+    def encode(self, x: Tensor, at: slice) -> Tensor:
+        """The tokens of some positions [B, T', D] -> [B, T', Z]."""
+        return _mapped(x, self.centers[:, at], self.codes[:, at], self.encoder[:, at], self.spread[0])
 
-    def decode(self, z: Tensor) -> Tensor:
-        """[B, T, Z] -> [B, T, D]."""
-        return _mapped(z, self.codes, self.centers, self.decoder, self.spread[1])
+    def decode(self, z: Tensor, at: slice) -> Tensor:
+        """[B, T', Z] -> the tokens of some positions [B, T', D]."""
+        return _mapped(z, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
 
     @torch.no_grad()
     def fit(self, x: Tensor, mask: Tensor, seed: int) -> None:
@@ -130,53 +156,117 @@ def transformer(width: int, layers: int, heads: int, feedforward: int) -> nn.Tra
     return nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of a checkpoint that is too long to be seen as a whole."""
+
+    core: slice
+    """the tokens themselves"""
+    stretch: slice
+    """the same with the halo: what is seen beside them on both sides"""
+
+    @property
+    def inner(self) -> slice:
+        """The core in the stretch."""
+        return slice(self.core.start - self.stretch.start, self.core.stop - self.stretch.start)
+
+
+def windows_of(count: int, size: int | None, halo: int) -> list[Window]:
+    """`count` tokens cut into windows of at most `size` tokens, each with a halo of as many tokens as there are.
+
+    >>> [(w.core.start, w.core.stop, w.stretch.start, w.stretch.stop) for w in windows_of(5, 2, 1)]
+    [(0, 2, 0, 3), (2, 4, 1, 5), (4, 5, 3, 5)]
+    """
+    size = size or count
+    cores = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return [Window(core, slice(max(core.start - halo, 0), min(core.stop + halo, count))) for core in cores]
+
+
+class Core(nn.Module):
+    """The part of an autoencoder that knows no base network: several share it."""
+
+    def __init__(self, config: AutoencoderConfig, layouts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Build it for tokens with some masks [T, D] and positions [T, 3], one pair per base network."""
+        super().__init__()
+        width, latent = config.width, config.latent
+        (tokens, size), positions = layouts[0][0].shape, torch.cat([positions for _, positions in layouts])
+        highest = positions.amax(0).tolist()
+        self.embed = nn.Linear(size, width)
+        self.encoder_positions = POSITIONS[config.positions](highest, width)
+        self.encoder = transformer(width, config.layers, config.heads, config.feedforward)
+        self.to_latent = nn.Linear(width, latent)
+        self.from_latent = nn.Linear(latent, width)
+        self.decoder_positions = POSITIONS[config.positions](highest, width)
+        self.decoder = transformer(width, config.layers, config.heads, config.feedforward)
+        self.to_token = nn.Linear(width, size)
+        self.averaged = len(layouts) > 1 or config.window is not None or config.positions == "sinusoidal"
+        """whether the projection head sees the mean over tokens, since their number varies"""
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(latent if self.averaged else tokens * latent, config.head),
+            nn.LayerNorm(config.head), nn.ReLU(), nn.Linear(config.head, config.head),
+        )  # fmt: skip
+
+
 class Autoencoder(nn.Module):
-    """Encoder, decoder and projection head.
+    """Encoder, decoder and projection head for the checkpoints of one base network.
 
     Beside the transformer runs a mixture of linear autoencoders. It starts as the principal components of the training
     tokens (`fit`) while the transformer's contribution starts at zero, so training begins at the best linear
     compression and spends its steps on what linear maps cannot do. With config.components = 0 it is the transformer
     alone.
+
+    With config.window the transformer sees windows of so many tokens and config.halo more on both sides; the embedding
+    of a checkpoint is that of its windows, one after another.
     """
 
     mask: Tensor
     """[T, D]"""
+    positions: Tensor
+    """[T, 3]"""
 
-    def __init__(self, config: AutoencoderConfig, mask: Tensor, positions: Tensor) -> None:
-        """Build the autoencoder for tokens with this mask [T, D] and these positions [T, 3]."""
+    def __init__(self, config: AutoencoderConfig, mask: Tensor, positions: Tensor, core: Core | None = None) -> None:
+        """Build the autoencoder for tokens with this mask [T, D] and these positions [T, 3]; with a core, it is shared.
+
+        One of several that share a core has a learned vector that says which base network it is.
+        """
         super().__init__()
         tokens, size = mask.shape
-        width, latent = config.width, config.latent
         self.register_buffer("mask", mask, persistent=False)
-        self.embed = nn.Linear(size, width)
-        self.encoder_positions = Positions(positions, width)
-        self.encoder = transformer(width, config.layers, config.heads, config.feedforward)
-        self.to_latent = nn.Linear(width, latent)
-        self.from_latent = nn.Linear(latent, width)
-        self.decoder_positions = Positions(positions, width)
-        self.decoder = transformer(width, config.layers, config.heads, config.feedforward)
-        self.to_token = nn.Linear(width, size)
-        self.mixture = LinearMixture(config.components, tokens, size, latent) if config.components else None
-        self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(tokens * latent, config.head), nn.LayerNorm(config.head), nn.ReLU(),
-            nn.Linear(config.head, config.head),
-        )  # fmt: skip
+        self.register_buffer("positions", positions, persistent=False)
+        self.windows = windows_of(tokens, config.window, config.halo)
+        self.kind = None if core is None else nn.Parameter(torch.zeros(config.width))
+        self.core = Core(config, [(mask, positions)]) if core is None else core
+        self.mixture = LinearMixture(config.components, tokens, size, config.latent) if config.components else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> embedding [B, T, Z]."""
-        h = self.embed(x) + self.encoder_positions()  # [B, T, M]
-        z = self.to_latent(self.encoder(h))
-        return z if self.mixture is None else z + self.mixture.encode(x)
+        parts = [self.encode_at(x[:, window.stretch], window.stretch)[:, window.inner] for window in self.windows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Embedding [B, T, Z] -> tokens [B, T, D], zero at padding."""
-        h = self.from_latent(z) + self.decoder_positions()  # [B, T, M]
-        x = self.to_token(self.decoder(h))
-        return (x if self.mixture is None else x + self.mixture.decode(z)) * self.mask
+        parts = [self.decode_at(z[:, window.stretch], window.stretch)[:, window.inner] for window in self.windows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def encode_at(self, x: Tensor, at: slice) -> Tensor:
+        """The tokens of some positions [B, T', D] -> their embedding [B, T', Z], as if there were no others."""
+        h = self.core.embed(x) + self._where(self.core.encoder_positions, at)  # [B, T', M]
+        z = self.core.to_latent(self.core.encoder(h))
+        return z if self.mixture is None else z + self.mixture.encode(x, at)
+
+    def decode_at(self, z: Tensor, at: slice) -> Tensor:
+        """The embedding of some positions [B, T', Z] -> their tokens [B, T', D], zero at padding."""
+        h = self.core.from_latent(z) + self._where(self.core.decoder_positions, at)  # [B, T', M]
+        x = self.core.to_token(self.core.decoder(h))
+        return (x if self.mixture is None else x + self.mixture.decode(z, at)) * self.mask[at]
+
+    def _where(self, vectors: nn.Module, at: slice) -> Tensor:
+        where = vectors(self.positions[at])
+        return where if self.kind is None else where + self.kind
 
     def project(self, z: Tensor) -> Tensor:
         """Embedding [B, T, Z] -> contrastive features [B, H]."""
-        return self.head(z)
+        return self.core.head(z.mean(1) if self.core.averaged else z)
 
     @torch.no_grad()
     def fit(self, x: Tensor, seed: int) -> None:
@@ -187,6 +277,6 @@ class Autoencoder(nn.Module):
         if self.mixture is None:
             return
         self.mixture.fit(x, self.mask, seed)
-        for output in (self.to_latent, self.to_token):
+        for output in (self.core.to_latent, self.core.to_token):
             nn.init.zeros_(output.weight)
             nn.init.zeros_(output.bias)

@@ -13,21 +13,24 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check
 from weightspace.hyperrep import losses
-from weightspace.hyperrep.autoencoder import Autoencoder
-from weightspace.hyperrep.representation import CONFIG_FILE, MODEL_FILE, STATE_FILE, HyperRepresentation
+from weightspace.hyperrep.autoencoder import Window
+from weightspace.hyperrep.representation import CONFIG_FILE, MODEL_FILE, STATE_FILE, HyperRepresentation, assembled
 from weightspace.networks import behavior
-from weightspace.networks.checkpoints import Checkpoints, unflatten
+from weightspace.networks.architectures import Architecture
+from weightspace.networks.checkpoints import Checkpoints
 from weightspace.networks.symmetry import groups_of
 from weightspace.runs import (
     RunFailed,
@@ -43,7 +46,7 @@ from weightspace.runs import (
 from weightspace.tasks.images import load_task
 from weightspace.tasks.queries import QuerySet, query_set
 from weightspace.tokens.normalize import NORMALIZERS
-from weightspace.tokens.stream import batch_rows
+from weightspace.tokens.stream import SAMPLE_BYTES, Stream, sample
 from weightspace.tokens.tokenizer import Tokenizer
 from weightspace.tokens.views import erased, noisy, permuted, scaled
 from weightspace.zoo.model_zoo import ModelZoo, usable
@@ -72,6 +75,8 @@ class Setting:
     """checkpoints per vectorized call of the base network"""
     scales: dict[str, float]
     """values by which the losses are divided"""
+    inputs: int = 4
+    """dimensions of a batch of queries, 4 for images"""
 
 
 def step_losses(
@@ -81,18 +86,21 @@ def step_losses(
     share: float,
     generator: torch.Generator,
     augment: PretrainConfig | None = None,
+    window: Window | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch of checkpoints, each divided by its scale, and their weighted sum as "total".
 
-    A term whose weight is zero at this point of the schedule is not computed.
+    A term whose weight is zero at this point of the schedule is not computed. With a window, only its tokens are
+    encoded, decoded and compared; for the behavioral loss they take their place among the original's other tokens.
 
     Args:
         setting: representation, loss weights, network, scales.
         weights: {name: [B, *shape]}.
-        queries: [Q, ...].
+        queries: [Q, ...], or [B, Q, ...] where every checkpoint has its own.
         share: how much of the training is over, 0 to 1.
         generator: randomness of the views.
         augment: how the encoder's input is disturbed (noise, erase); not at all when None.
+        window: a window of the autoencoder (default: all tokens).
     """
     representation, config = setting.representation, setting.loss
     autoencoder, mask = representation.autoencoder, representation.autoencoder.mask
@@ -101,16 +109,24 @@ def step_losses(
     found: dict[str, Tensor] = {}
     if config.permute == "all":
         weights = permuted(weights, groups, generator)
-    x = representation.tokens(weights)  # [B, T, D]
+    everything = representation.tokens(weights)  # [B, T, D]
+    at = slice(0, len(mask)) if window is None else window.stretch
+    core = at if window is None else window.core
+    inner = slice(core.start - at.start, core.stop - at.start)
+
+    def encode(x: Tensor) -> Tensor:
+        return autoencoder.encode(x) if window is None else autoencoder.encode_at(x, at)
+
+    x, mask = everything[:, at], mask[at]  # [B, T', D], [T', D]
     seen = _disturbed(x, mask, augment, generator)
     if gamma > 0:
         other = weights if config.permute == "none" else permuted(weights, groups, generator)
-        view = _disturbed(representation.tokens(other), mask, augment, generator)  # [B, T, D]
-        z, z_view = autoencoder.encode(torch.cat([seen, view])).chunk(2)  # [B, T, Z] each
+        view = _disturbed(representation.tokens(other)[:, at], mask, augment, generator)  # [B, T', D]
+        z, z_view = encode(torch.cat([seen, view])).chunk(2)  # [B, T', Z] each
         contrast = losses.contrastive if config.contrast == "nt-xent" else losses.positive
-        found["contrastive"] = contrast(autoencoder.project(z), autoencoder.project(z_view))
+        found["contrastive"] = contrast(autoencoder.project(z[:, inner]), autoencoder.project(z_view[:, inner]))
     else:
-        z = autoencoder.encode(seen)  # [B, T, Z]
+        z = encode(seen)  # [B, T', Z]
     weight = {
         "contrastive": gamma,
         "structural": (1 - gamma) * beta,
@@ -119,16 +135,19 @@ def step_losses(
         "norm": config.norm_penalty,
         "variance": config.variance_penalty,
     }
-    x_hat = autoencoder.decode(z)  # [B, T, D]
+    x_hat = autoencoder.decode(z) if window is None else autoencoder.decode_at(z, at)  # [B, T', D]
     if weight["structural"] > 0:
-        found["structural"] = losses.structural(x_hat, x, mask)
+        found["structural"] = losses.structural(x_hat[:, inner], x[:, inner], mask[inner])
     if weight["behavioral"] > 0:
+        shared = queries.ndim == setting.inputs
         with torch.no_grad():
-            target = behavior.logits(setting.network, weights, queries, setting.group)  # [B, Q, C]
-        logits = behavior.logits(setting.network, representation.weights(x_hat), queries, setting.group)  # [B, Q, C]
+            target = behavior.logits(setting.network, weights, queries, setting.group, shared)  # [B, Q, C]
+        spliced = torch.cat([everything[:, : core.start], x_hat[:, inner], everything[:, core.stop :]], 1)  # [B, T, D]
+        weights_hat = representation.weights(spliced)
+        logits = behavior.logits(setting.network, weights_hat, queries, setting.group, shared)  # [B, Q, C]
         found["behavioral"] = losses.behavioral(logits, target, setting.distance)
     if lam > 0:
-        found["cycle"] = losses.cycle(z, autoencoder.encode(x_hat))
+        found["cycle"] = losses.cycle(z, encode(x_hat))
     if config.norm_penalty > 0:
         found["norm"] = losses.norm_penalty(z)
     if config.variance_penalty > 0:
@@ -168,44 +187,56 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(config.steps - warmup, 1)))
 
 
-def training_checkpoints(zoo: ModelZoo, config: PretrainConfig, split: str) -> Checkpoints:
-    """The checkpoints of one split at the configured epochs, without those that are not finite or huge."""
+def training_rows(zoo: ModelZoo, config: PretrainConfig, split: str) -> pd.DataFrame:
+    """The rows of one split at the configured epochs, without checkpoints that are not finite or huge."""
     missing = sorted(set(config.epochs) - set(zoo.frame["epoch"]))
     if missing:
         there = sorted(zoo.frame["epoch"].unique().tolist())
         raise UserError(f"pretrain.epochs asks for epochs {missing}, but the zoo has {there}; name some of these")
-    checkpoints = zoo.select(split=split, epoch=list(config.epochs))
-    keep = usable(checkpoints)
+    frame = zoo.rows(split=split, epoch=list(config.epochs))
+    some = max(SAMPLE_BYTES // (4 * zoo.architecture.parameter_count), 1)
+    keep = np.concatenate([usable(zoo.read(frame.iloc[i : i + some])) for i in range(0, len(frame), some)])
     if not keep.any():
         raise UserError(f"every checkpoint of split {split!r} of {zoo.folder} has non-finite or huge weights")
-    if keep.all():
-        return checkpoints
-    members = ", ".join(map(str, sorted(set(checkpoints.frame["member"][~keep]))[:10]))
-    notice(f"{(~keep).sum()} of {len(keep)} {split} checkpoints have non-finite or huge weights: left out ({members})")
-    return checkpoints.rows(keep)
+    if not keep.all():
+        members = ", ".join(map(str, sorted(set(frame["member"][~keep]))[:10]))
+        left = f"{(~keep).sum()} of {len(keep)} {split} checkpoints have non-finite or huge weights: left out"
+        notice(f"{left} ({members})")
+    return frame[keep]
+
+
+def training_checkpoints(zoo: ModelZoo, config: PretrainConfig, split: str) -> Checkpoints:
+    """The checkpoints of one split at the configured epochs, without those that are not finite or huge."""
+    return zoo.read(training_rows(zoo, config, split))
 
 
 def fit_scales(
-    checkpoints: Checkpoints, queries: QuerySet, loss: LossConfig, batch_size: int, seed: int
+    checkpoints: Checkpoints, queries: Mapping[str, QuerySet], loss: LossConfig, batch_size: int, seed: int
 ) -> dict[str, float]:
     """The value by which each loss is divided, so that 1 means "no better than knowing nothing".
 
     contrastive: chance, ln(2B - 1) (1 where it is the positive-only one). structural: 1, the constant predictor on
-    standardized weights. behavioral: the distance between random pairs of different training members. cycle: 1.
+    standardized weights. behavioral: the distance between random pairs of different training members of one task on
+    its queries. cycle: 1.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "scales"))
     order = torch.randperm(len(checkpoints), generator=generator)[:512].numpy()
-    first = checkpoints.rows(order)
-    second = first.rows(torch.arange(len(first)).roll(1).numpy())
-    different = torch.from_numpy(first.frame["member"].to_numpy() != second.frame["member"].to_numpy())
-    if not different.any():
+    total, count = 0.0, 0
+    for task, own in queries.items():
+        first = checkpoints.rows(order[checkpoints.frame["task"].to_numpy()[order] == task])
+        members = torch.from_numpy(first.frame["member"].to_numpy(copy=True))
+        different = members.roll(1) != members
+        if different.any():
+            logits = behavior.outputs(first, own.draw(4 * loss.queries, generator)).logits
+            different = different.to(logits.device)
+            pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], losses.distance_of(loss))
+            total, count = total + float(pairs) * int(different.sum()), count + int(different.sum())
+    if not count:
         raise UserError("the training split holds one member only; a representation needs several")
-    logits = behavior.outputs(first, queries.draw(4 * loss.queries, generator)).logits
-    pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], losses.distance_of(loss))
     scales = {
         "contrastive": math.log(2 * batch_size - 1) if loss.contrast == "nt-xent" else 1.0,
         "structural": 1.0,
-        "behavioral": float(pairs),
+        "behavioral": total / count,
         "cycle": 1.0,
     }
     if not 0 < scales["behavioral"] < math.inf:
@@ -215,33 +246,108 @@ def fit_scales(
     return scales
 
 
+@dataclass(frozen=True)
+class Part:
+    """One zoo as a training sees it."""
+
+    setting: Setting
+    stream: Stream
+    frame: pd.DataFrame
+    """rows of its training checkpoints"""
+    queries: dict[str, QuerySet]
+    """task -> inputs on which behavior is compared"""
+    validation: list[tuple[dict[str, Tensor], Tensor]]
+    """per task: weights {name: [n, *shape]} of validation checkpoints and images [Q, ...]"""
+
+    def asked(self, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Queries for the checkpoints of some rows: [count, ...], or [B, count, ...] where there are several tasks."""
+        drawn = [own.draw(count, generator) for own in self.queries.values()]
+        if len(drawn) == 1:
+            return drawn[0]
+        numbers = {task: number for number, task in enumerate(self.queries)}
+        which = torch.tensor([numbers[task] for task in self.frame["task"].iloc[rows.numpy()]])
+        return torch.stack(drawn)[which.to(drawn[0].device)]
+
+
+def part_of(
+    zoo: ModelZoo,
+    frame: pd.DataFrame,
+    representation: HyperRepresentation,
+    config: PretrainConfig,
+    loss: LossConfig,
+    seed: int,
+    group: int | None,
+) -> Part:
+    """Prepare a zoo for training: scales of the losses, queries, validation checkpoints and images.
+
+    Args:
+        zoo: the zoo.
+        frame: rows of its training checkpoints.
+        representation: the one of its base network.
+        config, loss, seed: see `pretrain`.
+        group: checkpoints per vectorized call of the base network (default: measured).
+    """
+    device, architecture = representation.device, zoo.architecture
+    tasks = [load_task(name).to(device) for name in zoo.tasks]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "queries"))
+    queries = {task.name: query_set(loss.query_set, task, tasks, generator) for task in tasks}
+    size = representation.tokenizer.mask.numel()
+    val = zoo.read(sample(training_rows(zoo, config, "val"), size, seed)).to(device)
+    validation = []
+    for task in tasks:
+        own = val.rows((val.frame["task"] == task.name).to_numpy())
+        if len(own):
+            validation.append((own.weights, task.val.images[: VALIDATION_IMAGES // len(tasks)]))
+    shared = len(tasks) == 1
+    group = group or behavior.calibrate(architecture, device, loss.queries, config.batch_size, shared, training=True)
+    scales = fit_scales(zoo.read(sample(frame, size, seed)), queries, loss, config.batch_size, seed)
+    network = behavior.runner(architecture, device)
+    setting = Setting(
+        representation, loss, network, losses.distance_of(loss), group, scales, tasks[0].train.images.ndim
+    )
+    return Part(setting, Stream(zoo, frame, config.batch_size, seed), frame, queries, validation)
+
+
 @torch.no_grad()
-def validate(setting: Setting, weights: dict[str, Tensor], queries: Tensor, batch_size: int) -> dict[str, float]:
-    """The losses over validation checkpoints at the final weights, agreement and L_S; views are fixed."""
-    setting.representation.autoencoder.eval()
-    total: dict[str, float] = {}
-    count = len(next(iter(weights.values())))
+def validate(parts: Sequence[Part], batch_size: int) -> dict[str, float]:
+    """The losses over validation checkpoints at the final weights, agreement and L_S; views are fixed.
+
+    Of several zoos it is the mean over them, beside the agreement on each.
+    """
+    each = [_validate(part, batch_size) for part in parts]
+    found = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+    if len(parts) > 1:
+        names = [part.setting.representation.architecture.name for part in parts]
+        found |= {f"agreement {name}": one["agreement"] for name, one in zip(names, each, strict=True)}
+    return found
+
+
+def _validate(part: Part, batch_size: int) -> dict[str, float]:
+    setting, total = part.setting, dict[str, float]()
+    autoencoder = setting.representation.autoencoder.eval()
+    count = sum(len(next(iter(weights.values()))) for weights, _ in part.validation)
     generator = torch.Generator().manual_seed(0)  # the same views at every validation
-    for start in range(0, count, batch_size):
-        batch = {name: weight[start : start + batch_size] for name, weight in weights.items()}
-        rows = len(next(iter(batch.values())))
-        found = {k: float(v) for k, v in step_losses(setting, batch, queries, 1.0, generator).items()}
-        x = setting.representation.tokens(batch)
-        x_hat = setting.representation.autoencoder.decode(setting.representation.autoencoder.encode(x))
-        if "structural" not in found:  # its weight is zero at the end
-            found["structural"] = float(losses.structural(x_hat, x, setting.representation.autoencoder.mask))
-        predicted, original = (
-            behavior.logits(setting.network, some, queries, setting.group).argmax(-1)
-            for some in (setting.representation.weights(x_hat), batch)
-        )
-        found["agreement"] = float((predicted == original).float().mean())
-        for name, value in found.items():
-            total[name] = total.get(name, 0.0) + value * rows / count
+    for weights, queries in part.validation:
+        for start in range(0, len(next(iter(weights.values()))), batch_size):
+            batch = {name: weight[start : start + batch_size] for name, weight in weights.items()}
+            rows = len(next(iter(batch.values())))
+            found = {k: float(v) for k, v in step_losses(setting, batch, queries, 1.0, generator).items()}
+            x = setting.representation.tokens(batch)
+            x_hat = autoencoder.decode(autoencoder.encode(x))
+            if "structural" not in found:  # its weight is zero at the end
+                found["structural"] = float(losses.structural(x_hat, x, autoencoder.mask))
+            predicted, original = (
+                behavior.logits(setting.network, some, queries, setting.group).argmax(-1)
+                for some in (setting.representation.weights(x_hat), batch)
+            )
+            found["agreement"] = float((predicted == original).float().mean())
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + value * rows / count
     return total
 
 
 def pretrain(
-    zoo: ModelZoo,
+    zoo: ModelZoo | Sequence[ModelZoo],
     folder: Path,
     config: PretrainConfig,
     loss: LossConfig,
@@ -254,17 +360,21 @@ def pretrain(
 ) -> HyperRepresentation:
     """Train a representation on the zoo's train split; the state of best validation total is what is returned.
 
+    Several zoos, of any base networks, take turns: each step sees checkpoints of one. Checkpoints are read from disk
+    as they are needed.
+
     The folder receives metrics.jsonl, the best and the last model and, while training, the state to resume from.
 
     Args:
-        zoo: where the checkpoints come from.
+        zoo: where the checkpoints come from: one zoo or several.
         folder: where the representation is written.
         config, loss, autoencoder_config: how it is trained, on what, and its size.
         seed: seed of everything random.
         device: where to train.
         title: its name in progress bars and messages.
         probe: what else is measured at every validation.
-        start: a representation of another zoo to go on from, with its normalization; it must have the same size.
+        start: a representation of another zoo to go on from, with its normalization; it must have the same size. With
+            sinusoidal positions it may be of other base networks: then its transformer is taken over.
 
     Raises:
         UserError: a value that cannot work, epochs or a task that the zoo does not have.
@@ -275,98 +385,151 @@ def pretrain(
     if (folder / CONFIG_FILE).exists():  # killed after the last write
         (folder / STATE_FILE).unlink(missing_ok=True)
         return HyperRepresentation.load(folder, device)
-    tasks = [load_task(name).to(device) for name in zoo.tasks]
-    train = training_checkpoints(zoo, config, "train")
-    val = training_checkpoints(zoo, config, "val")
-    queries = query_set(loss.query_set, tasks, torch.Generator().manual_seed(derive_seed(seed, "queries")))
-    tokenizer = Tokenizer(zoo.architecture, autoencoder_config.token_size)
-    tokens = tokenizer.tokenize(train.weights).x
-    if start is not None:
-        start.tokenizer.check_architecture(zoo.architecture)
-        if start.autoencoder_config != autoencoder_config:
-            raise UserError(
-                f"the representation to start from is of another size ({start.autoencoder_config}) than asked for "
-                f"({autoencoder_config}); ask for the same autoencoder"
-            )
-    normalizer = start.normalizer.to("cpu") if start else NORMALIZERS[config.normalize](tokenizer, tokens)
-    with torch.random.fork_rng(devices=[]):  # built on the CPU
-        torch.default_generator.manual_seed(derive_seed(seed, "autoencoder"))
-        autoencoder = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions)
-    if start is None:
-        autoencoder.fit(normalizer.normalize(tokens), derive_seed(seed, "mixture"))
-    else:
-        autoencoder.load_state_dict(start.autoencoder.state_dict())
-    info: dict[str, Any] = {
-        "tasks": list(zoo.tasks),
-        "zoo": {"fingerprint": zoo.fingerprint, "members": int(train.frame["member"].nunique())},
-        "loss": dataclasses.asdict(loss),
-        "pretrain": dataclasses.asdict(config),
-        "seed": seed,
-        "scales": fit_scales(train, queries, loss, config.batch_size, seed),
-    }
-    representation = HyperRepresentation(zoo.architecture, autoencoder_config, autoencoder, normalizer, info).to(device)
-    if representation.latent_size >= zoo.architecture.parameter_count:
-        notice(
-            f"nothing is compressed: {representation.latent_size:,} latent values (tokens x autoencoder.latent) for "
-            f"{zoo.architecture.parameter_count:,} weights; lower autoencoder.latent"
-        )
-    network = behavior.runner(zoo.architecture, device)
-    optimizer = OPTIMIZERS[config.optimizer](autoencoder.parameters(), config.learning_rate, config.weight_decay)
-    flat = train.flat().to(device)
-    val_weights = val.to(device).weights
+    zoos = [zoo] if isinstance(zoo, ModelZoo) else list(zoo)
+    frames = [training_rows(each, config, "train") for each in zoos]
+    representation = untrained(zoos, frames, config, loss, autoencoder_config, seed, start).to(device)
+    trained = representation.modules
+    optimizer = OPTIMIZERS[config.optimizer](trained.parameters(), config.learning_rate, config.weight_decay)
 
     records = read_lines(folder / METRICS_FILE)
     state = _saved_state(folder, device)
-    done, best, group = 0, None, None
+    done, best, groups = 0, None, [None] * len(zoos)
     if state is not None:
-        autoencoder.load_state_dict(state["autoencoder"])
+        trained.load_state_dict(state["autoencoder"])
         optimizer.load_state_dict(state["optimizer"])
-        done, best, group = state["step"], json.loads(state["best"]), state["group"]
+        # an interrupted training goes on with the group size that it began with: other sizes round differently
+        done, best, groups = state["step"], json.loads(state["best"]), state["groups"]
     records = [record for record in records if record["step"] <= done]
-    # an interrupted training goes on with the group size that it began with: other sizes round differently
-    group = group or behavior.calibrate(zoo.architecture, device, loss.queries, config.batch_size, training=True)
-    setting = Setting(representation, loss, network, losses.distance_of(loss), group, info["scales"])
-    val_images = torch.cat([task.val.images[: VALIDATION_IMAGES // len(tasks)] for task in tasks])
+    parts = [
+        part_of(each, frame, representation.on(each.architecture), config, loss, seed, group)
+        for each, frame, group in zip(zoos, frames, groups, strict=True)
+    ]
+    groups = [part.setting.group for part in parts]
+    scales = [part.setting.scales for part in parts]
+    representation.info["scales"] = scales[0] if len(scales) == 1 else scales
+    # the zoos take turns; each counts its own steps, so that its batches do not depend on the others
+    turns = [
+        part.stream.batches([step // len(parts) for step in range(done, config.steps) if step % len(parts) == number])
+        for number, part in enumerate(parts)
+    ]
     with progress(f"pretrain: {title}", config.steps, done) as advance:
         for step in range(done, config.steps):
-            rows = batch_rows(len(flat), config.batch_size, step, seed)
+            part = parts[step % len(parts)]
             generator = torch.Generator().manual_seed(derive_seed(seed, "step", step))
-            batch = unflatten(zoo.architecture.shapes, flat[rows.to(device)])
-            autoencoder.train()
-            asked = queries.draw(loss.queries, generator)
-            found = step_losses(setting, batch, asked, step / config.steps, generator, config)
+            rows, batch = next(turns[step % len(parts)])
+            batch = {name: weight.to(device) for name, weight in batch.items()}
+            trained.train()
+            asked = part.asked(rows, loss.queries, generator)
+            found = step_losses(
+                part.setting, batch, asked, step / config.steps, generator, config, _window(part, generator)
+            )
             values = {name: float(value.detach()) for name, value in found.items()}
-            members = sorted(set(train.frame["member"].iloc[rows.numpy()].tolist()))
+            members = sorted(set(part.frame["member"].iloc[rows.numpy()].tolist()))
             _check_finite(values, f"the loss of {title}", step, members)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(config, step)
             optimizer.zero_grad()
             found["total"].backward()
-            norm = nn.utils.clip_grad_norm_(autoencoder.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(trained.parameters(), config.clip)
             _check_finite({"norm": float(norm)}, f"the gradient of {title}", step, members)
             optimizer.step()
             done = step + 1
             advance(1, f"loss {values['total']:.3f}")
             if done % config.validate_every == 0 or done == config.steps:
-                validation = validate(setting, val_weights, val_images, config.batch_size)
+                validation = validate(parts, config.batch_size)
                 if probe is not None:
                     validation |= probe(representation)
-                _check_finite(validation, f"the validation of {title}", step, sorted(set(val.frame["member"])))
+                _check_finite(validation, f"the validation of {title}", step, [])
                 record = {"step": done, "train": values, "val": validation}
                 records.append(record)
                 if best is None or validation["total"] < best["total"]:
                     best = {"step": done, **validation}
-                    write_tensors(folder / MODEL_FILE, autoencoder.state_dict())
+                    write_tensors(folder / MODEL_FILE, representation.state())
                 write_lines(folder / METRICS_FILE, records)
-                _save_state(folder, autoencoder, optimizer, done, best, group)
+                _save_state(folder, trained, optimizer, done, best, groups)
     assert best is not None  # every training ends with a validation
-    write_tensors(folder / LAST_FILE, autoencoder.state_dict())
-    autoencoder.load_state_dict(load_file(folder / MODEL_FILE))
-    autoencoder.eval()
-    info.update(step=best.pop("step"), validation=best)
+    write_tensors(folder / LAST_FILE, representation.state())
+    representation.load_state(load_file(folder / MODEL_FILE))
+    trained.eval()
+    representation.info.update(step=best.pop("step"), validation=best)
     representation.save(folder)
     (folder / STATE_FILE).unlink()
     return representation
+
+
+def untrained(
+    zoos: Sequence[ModelZoo],
+    frames: Sequence[pd.DataFrame],
+    config: PretrainConfig,
+    loss: LossConfig,
+    autoencoder: AutoencoderConfig,
+    seed: int,
+    start: HyperRepresentation | None,
+) -> HyperRepresentation:
+    """The representation as training begins: normalizers and mixtures fitted to (a sample of) training checkpoints.
+
+    Args:
+        zoos: the zoos; those of one base network share what is fitted.
+        frames: rows of the training checkpoints of each.
+        config, loss, autoencoder, seed, start: see `pretrain`.
+    """
+    each = [zoo.architecture for zoo in zoos]
+    networks = [network for i, network in enumerate(each) if network not in each[:i]]
+    if len(networks) > 1 and autoencoder.token_size is None:
+        longest = max(Tokenizer(network).token_size for network in networks)
+        autoencoder = dataclasses.replace(autoencoder, token_size=longest)
+    if start is not None and start.autoencoder_config != autoencoder:
+        raise UserError(
+            f"the representation to start from is of another size ({start.autoencoder_config}) than asked for "
+            f"({autoencoder}); ask for the same autoencoder"
+        )
+    go_on = start is not None and (autoencoder.positions == "learned" or _covers(start, networks))
+    tokenizers = [Tokenizer(network, autoencoder.token_size) for network in networks]
+    normalizers, tokens = [], []
+    for tokenizer in tokenizers:
+        some = [
+            zoo.read(sample(frame, tokenizer.mask.numel(), seed))
+            for zoo, frame in zip(zoos, frames, strict=True)
+            if zoo.architecture == tokenizer.architecture
+        ]
+        x = torch.cat([tokenizer.tokenize(part.weights).x for part in some])
+        own = start.on(tokenizer.architecture).normalizer.to("cpu") if start and go_on else None
+        normalizers.append(own or NORMALIZERS[config.normalize](tokenizer, x))
+        tokens.append(x)
+    members = sum(int(frame["member"].nunique()) for frame in frames)
+    info: dict[str, Any] = {
+        "tasks": list(dict.fromkeys(task for zoo in zoos for task in zoo.tasks)),
+        "zoo": {"fingerprint": "+".join(zoo.fingerprint for zoo in zoos), "members": members},
+        "loss": dataclasses.asdict(loss),
+        "pretrain": dataclasses.asdict(config),
+        "seed": seed,
+    }
+    with torch.random.fork_rng(devices=[]):  # built on the CPU
+        torch.default_generator.manual_seed(derive_seed(seed, "autoencoder"))
+        representation = assembled(autoencoder, tokenizers, normalizers, info)
+    if start is None or not go_on:
+        for one, x in zip(representation.siblings, tokens, strict=True):
+            one.autoencoder.fit(one.normalizer.normalize(x), derive_seed(seed, "mixture"))
+            if one.latent_size >= one.architecture.parameter_count:
+                notice(
+                    f"nothing is compressed: {one.latent_size:,} latent values (tokens x autoencoder.latent) for "
+                    f"{one.architecture.parameter_count:,} weights; lower autoencoder.latent"
+                )
+    if start is not None:
+        state = start.state()
+        kept = state if go_on else {name: value for name, value in state.items() if name.startswith("0.core.")}
+        representation.load_state({**representation.state(), **kept})
+    return representation
+
+
+def _covers(start: HyperRepresentation, networks: Sequence[Architecture]) -> bool:
+    return [sibling.architecture for sibling in start.siblings] == list(networks)
+
+
+def _window(part: Part, generator: torch.Generator) -> Window | None:
+    """A random window of a training step; None where all tokens are seen at once."""
+    windows = part.setting.representation.autoencoder.windows
+    return windows[int(torch.randint(len(windows), (), generator=generator))] if len(windows) > 1 else None
 
 
 def _check_finite(values: dict[str, float], what: str, step: int, members: list[int]) -> None:
@@ -380,18 +543,18 @@ def _check_finite(values: dict[str, float], what: str, step: int, members: list[
 
 def _save_state(
     folder: Path,
-    autoencoder: Autoencoder,
+    trained: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     best: dict[str, float],
-    group: int,
+    groups: list[int],
 ) -> None:
     state = {
-        "autoencoder": autoencoder.state_dict(),
+        "autoencoder": trained.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "best": json.dumps(best),
-        "group": group,
+        "groups": groups,
     }
     content = io.BytesIO()
     torch.save(state, content)

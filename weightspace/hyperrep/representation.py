@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightspace import hub
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, from_dict
-from weightspace.hyperrep.autoencoder import Autoencoder
+from weightspace.hyperrep.autoencoder import Autoencoder, Core
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, read_json, write_json, write_tensors, write_text
@@ -48,6 +48,8 @@ class Embeddings:
     """[n, T, Z]"""
     frame: pd.DataFrame
     """The n rows of the checkpoints they came from."""
+    architecture: Architecture
+    """Their base network."""
 
 
 Sampler = Callable[[Embeddings, int, torch.Generator], Tensor]
@@ -55,23 +57,66 @@ Sampler = Callable[[Embeddings, int, torch.Generator], Tensor]
 
 
 class HyperRepresentation:
-    """A trained autoencoder together with everything that is needed to use it."""
+    """A trained autoencoder together with everything that is needed to use it, for the checkpoints of one base network.
+
+    A representation of several base networks is one of these for each (`siblings`); they share the transformer.
+    `on(architecture)` is that of a base network; embedding, decoding and generating choose it themselves.
+    """
 
     def __init__(
         self,
-        architecture: Architecture,
+        tokenizer: Tokenizer,
         autoencoder_config: AutoencoderConfig,
         autoencoder: Autoencoder,
         normalizer: Normalizer,
         info: dict[str, Any],
     ) -> None:
-        self.architecture = architecture
+        self.tokenizer = tokenizer
+        self.architecture = tokenizer.architecture
         self.autoencoder_config = autoencoder_config
         self.autoencoder = autoencoder
         self.normalizer = normalizer
         self.info = info
         """How it was trained: tasks, zoo, loss, pretrain, seed, scales of the losses, validation."""
-        self.tokenizer = Tokenizer(architecture, autoencoder_config.token_size)
+        self.siblings: tuple[HyperRepresentation, ...] = (self,)
+        """Those that share the transformer, itself included."""
+
+    @staticmethod
+    def joined(several: Sequence[HyperRepresentation]) -> HyperRepresentation:
+        """Make representations that share a transformer siblings of each other; returns the first."""
+        for each in several:
+            each.siblings = tuple(several)
+        return several[0]
+
+    def on(self, architecture: Architecture) -> HyperRepresentation:
+        """The representation for checkpoints of a base network.
+
+        Raises:
+            UserError: it was not trained on such.
+        """
+        for sibling in self.siblings:
+            if sibling.architecture == architecture:
+                return sibling
+        trained = ", ".join(str(sibling.architecture) for sibling in self.siblings)
+        raise UserError(
+            f"the representation is of {trained}, the checkpoints are of {architecture}; pretrain a representation on "
+            "such a zoo"
+        )
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """Everything that is trained."""
+        return nn.ModuleList([sibling.autoencoder for sibling in self.siblings])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that is trained by name, what siblings share once."""
+        return _once(self.modules)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        shared = {key.replace("0.", f"{i}.", 1): value for i in range(len(self.siblings)) for key, value in
+                  state.items() if key.startswith("0.core.")}  # fmt: skip
+        self.modules.load_state_dict({**shared, **state})
 
     @property
     def device(self) -> torch.device:
@@ -81,11 +126,16 @@ class HyperRepresentation:
     @property
     def fingerprint(self) -> str:
         """Digest of what it computes: base network, size, weights and normalization."""
-        state = {**self.autoencoder.state_dict(), "mean": self.normalizer.mean, "std": self.normalizer.std}
-        digest = hashlib.sha256(f"{self.architecture} {self.autoencoder_config}".encode())
-        for name, value in sorted(state.items()):
+        networks = ", ".join(str(sibling.architecture) for sibling in self.siblings)
+        digest = hashlib.sha256(f"{networks} {self.autoencoder_config}".encode())
+        for name, value in sorted((self.state() | self._scales()).items()):
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _scales(self) -> dict[str, Tensor]:
+        """What the siblings' normalizers subtract and divide by."""
+        each = enumerate(sibling.normalizer for sibling in self.siblings)
+        return {k: v for i, own in each for k, v in ((f"{i}.mean", own.mean), (f"{i}.std", own.std))}
 
     @property
     def latent_size(self) -> int:
@@ -115,16 +165,17 @@ class HyperRepresentation:
         Raises:
             UserError: they are of another base network.
         """
-        self.tokenizer.check_architecture(checkpoints.architecture)
+        self = self.on(checkpoints.architecture)
         parts = []
         for start in range(0, len(checkpoints), ROWS_AT_ONCE):
             chunk = {k: w[start : start + ROWS_AT_ONCE].to(self.device) for k, w in checkpoints.weights.items()}
             parts.append(self.autoencoder.encode(self.tokens(chunk)).cpu())
-        return Embeddings(torch.cat(parts), checkpoints.frame)
+        return Embeddings(torch.cat(parts), checkpoints.frame, self.architecture)
 
     @torch.no_grad()
     def decode(self, embeddings: Embeddings) -> Checkpoints:
         """Checkpoints from embeddings, in bounded memory."""
+        self = self.on(embeddings.architecture)
         parts = [self.weights(self.autoencoder.decode(z.to(self.device))) for z in embeddings.z.split(ROWS_AT_ONCE)]
         weights = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         return Checkpoints(self.architecture, weights, embeddings.frame)
@@ -137,27 +188,30 @@ class HyperRepresentation:
         """New networks: embed the anchors, draw `count` embeddings with the sampler, decode them."""
         generator = torch.Generator().manual_seed(seed)
         z = sampler(self.embed(anchors), count, generator)
-        return self.decode(Embeddings(z, pd.DataFrame({"network": range(count)})))
+        return self.decode(Embeddings(z, pd.DataFrame({"network": range(count)}), anchors.architecture))
 
     def to(self, device: torch.device | str) -> HyperRepresentation:
-        """Move the autoencoder and the normalizer to a device."""
-        self.autoencoder.to(device)
-        self.normalizer = self.normalizer.to(device)
+        """Move the autoencoder and the normalizer to a device, and those of the siblings."""
+        for sibling in self.siblings:
+            sibling.autoencoder.to(device)
+            sibling.normalizer = sibling.normalizer.to(device)
         return self
 
     def save(self, folder: str | Path) -> None:
         """Write the representation as one folder."""
         folder = Path(folder)
-        write_tensors(folder / NORMALIZATION_FILE, {"mean": self.normalizer.mean, "std": self.normalizer.std})
-        write_tensors(folder / MODEL_FILE, self.autoencoder.state_dict())
+        write_tensors(folder / NORMALIZATION_FILE, self._scales())
+        write_tensors(folder / MODEL_FILE, self.state())
         write_text(folder / hub.CARD_FILE, model_card(self, "path/to/this/folder"))
-        config = {
-            "architecture": self.architecture.to_json(),
-            "autoencoder": dataclasses.asdict(self.autoencoder_config),
-            "parameter_count": self.architecture.parameter_count,
-            "latent_size": self.latent_size,
-            **self.info,
-        }
+        networks = [
+            {
+                **sibling.architecture.to_json(),
+                "parameter_count": sibling.architecture.parameter_count,
+                "latent_size": sibling.latent_size,
+            }
+            for sibling in self.siblings
+        ]
+        config = {"networks": networks, "autoencoder": dataclasses.asdict(self.autoencoder_config), **self.info}
         write_json(folder / CONFIG_FILE, config)
 
     @classmethod
@@ -176,31 +230,33 @@ class HyperRepresentation:
             raise UserError(f"{folder} is not a representation: {reason}")
         info = read_json(folder / CONFIG_FILE)
         try:
-            architecture = Architecture(**info.pop("architecture"))
-            autoencoder_config = from_dict(AutoencoderConfig, info.pop("autoencoder"))
-            weights = load_file(folder / MODEL_FILE)
-            tokens, size = len(weights["encoder_positions.tables.0.weight"]), weights["embed.weight"].shape[1]
-            if architecture.parameter_count > tokens * size:  # before the tokens are laid out
-                raise ValueError(f"{architecture} has more weights than {tokens} tokens of {size} hold")
-            for derived in ("parameter_count", "latent_size"):
-                info.pop(derived)
-            tokenizer = Tokenizer(architecture, autoencoder_config.token_size)
-            scales = load_file(folder / NORMALIZATION_FILE)
-            normalizer = Normalizer(scales["mean"], scales["std"], tokenizer.mask)
+            networks = [Architecture(entry["name"], entry["arguments"]) for entry in info.pop("networks")]
+            size = from_dict(AutoencoderConfig, info.pop("autoencoder"))
+            weights, scales = load_file(folder / MODEL_FILE), load_file(folder / NORMALIZATION_FILE)
+            tokenizers, normalizers = [], []
+            for i, architecture in enumerate(networks):
+                if architecture.parameter_count > scales[f"{i}.mean"].numel():  # before the tokens are laid out
+                    raise ValueError(f"{architecture} has more weights than {NORMALIZATION_FILE} has entries")
+                tokenizers.append(Tokenizer(architecture, size.token_size))
+                mask = tokenizers[-1].mask
+                if not scales[f"{i}.mean"].shape == scales[f"{i}.std"].shape == mask.shape:
+                    raise ValueError(f"{NORMALIZATION_FILE} does not hold the tokens of {architecture}")
+                normalizers.append(Normalizer(scales[f"{i}.mean"], scales[f"{i}.std"], mask))
             with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
-                sizes = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions).state_dict()
+                sizes = _once(nn.ModuleList(autoencoders(size, tokenizers)))
             wrong = [name for name in sizes if name not in weights or weights[name].shape != sizes[name].shape]
             if wrong:
                 raise ValueError(f"{MODEL_FILE} does not hold {wrong[0]} as the config describes it")
-            autoencoder = Autoencoder(autoencoder_config, tokenizer.mask, tokenizer.positions)
-            autoencoder.load_state_dict(weights)
+            representation = assembled(size, tokenizers, normalizers, info)
+            representation.load_state(weights)
             from_dict(PretrainConfig, info["pretrain"])
             from_dict(LossConfig, info["loss"])
             if not {"validation", "step", "tasks", "scales"} <= info.keys():
                 raise KeyError("validation, step, tasks or scales")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"the representation {folder} is damaged or of another version: {error}") from None
-        return cls(architecture, autoencoder_config, autoencoder.eval(), normalizer, info).to(device)
+        representation.modules.eval()
+        return representation.to(device)
 
     @classmethod
     def from_hub(cls, repository: str, revision: str | None = None) -> HyperRepresentation:
@@ -223,21 +279,45 @@ class HyperRepresentation:
         return from_dict(PretrainConfig, self.info["pretrain"])
 
 
+def _once(modules: nn.ModuleList) -> dict[str, Tensor]:
+    """The state of autoencoders, what they share only under the first."""
+    return {k: v for k, v in modules.state_dict().items() if k.startswith("0.") or ".core." not in k}
+
+
+def autoencoders(config: AutoencoderConfig, tokenizers: Sequence[Tokenizer]) -> list[Autoencoder]:
+    """Untrained autoencoders for one or several base networks; several share the transformer."""
+    shapes = [(tokenizer.mask, tokenizer.positions) for tokenizer in tokenizers]
+    core = Core(config, shapes) if len(shapes) > 1 else None
+    return [Autoencoder(config, *shape, core) for shape in shapes]
+
+
+def assembled(
+    config: AutoencoderConfig, tokenizers: Sequence[Tokenizer], normalizers: Sequence[Normalizer], info: dict[str, Any]
+) -> HyperRepresentation:
+    """An untrained representation of one or several base networks, on the CPU; see `HyperRepresentation.info`."""
+    each = zip(tokenizers, autoencoders(config, tokenizers), normalizers, strict=True)
+    return HyperRepresentation.joined(
+        [HyperRepresentation(tokenizer, config, made, normalizer, info) for tokenizer, made, normalizer in each]
+    )
+
+
 def model_card(representation: HyperRepresentation, place: str) -> str:
     """README.md of a representation: what it is, how to load it from a place (folder or hub), how it validated."""
     info = representation.info
-    tokens = f"{representation.tokenizer.count} tokens of {representation.tokenizer.token_size}"
-    per_value = representation.architecture.parameter_count / representation.latent_size
+    sizes = "; ".join(
+        f"{each.architecture}: {each.tokenizer.count} tokens of {each.tokenizer.token_size}, {each.latent_size} latent "
+        f"values, {each.architecture.parameter_count / each.latent_size:.2f} weights per latent value"
+        for each in representation.siblings
+    )
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in info["validation"].items() if value is not None)
     return f"""---
 library_name: weightspace
 tags: [hyper-representation, weight-space-learning]
 ---
-# Hyper-representation of {representation.architecture}
+# Hyper-representation of {" and ".join(str(each.architecture) for each in representation.siblings)}
 
 A mixture of linear autoencoders beside a transformer autoencoder, over the weights of {info["zoo"]["members"]}
-trained networks (task {", ".join(info["tasks"])}; {tokens}, {representation.latent_size} latent values,
-{per_value:.2f} weights per latent value), trained with weightspace (the losses of arXiv 2503.17138):
+trained networks (task {", ".join(info["tasks"])}; {sizes}), trained with weightspace (the losses of arXiv 2503.17138):
 {", ".join(f"{key} {value}" for key, value in info["loss"].items())}.
 
 ```python

@@ -231,7 +231,7 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.arguments.items())})"
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in sorted(self.arguments.items()))})"
 
     @property
     def takes(self) -> set[str] | None:

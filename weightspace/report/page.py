@@ -525,7 +525,8 @@ def find(content: Any, key: str) -> Any:
         for entry in objects:
             if entry.get(key) is not None:
                 return entry[key]
-        level = [value for entry in objects for value in entry.values()]
+        lists = [entry for entry in level if isinstance(entry, list)]
+        level = [value for entry in objects for value in entry.values()] + [value for own in lists for value in own]
     return None
 
 

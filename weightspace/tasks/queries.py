@@ -1,8 +1,8 @@
 """Query sets: the inputs on which the behavior of networks is compared. Labels play no part.
 
-A query set is named by its sources, joined with +: `own` (training images of the zoo's tasks), `noise` (uniform noise
-over the range of the own images, as many), or any task by name (foreign images of the same shape): "own",
-"street", "own+stl10@3x32x32+noise".
+A query set is named by its sources, joined with +: `own` (training images of the task that a checkpoint was trained
+on), `tasks` (of all tasks of its zoo), `noise` (uniform noise over the range of the own images, as many), or any task
+by name (foreign images of the same shape): "own", "street", "own+stl10@3x32x32+noise".
 """
 
 from __future__ import annotations
@@ -38,28 +38,36 @@ class QuerySet:
         return torch.cat(drawn)
 
 
-def query_set(spec: str, tasks: Sequence[ImageTask], generator: torch.Generator) -> QuerySet:
-    """The query set of this name for a zoo of these tasks, on the tasks' device.
+def query_set(spec: str, task: ImageTask, tasks: Sequence[ImageTask], generator: torch.Generator) -> QuerySet:
+    """The query set of this name for checkpoints of one task, on the task's device.
+
+    Args:
+        spec: its sources, joined with +.
+        task: the checkpoints' own task.
+        tasks: all tasks of their zoo.
+        generator: randomness of the noise.
 
     Raises:
         UserError: a source that is no task, or whose images have another shape.
     """
-    own = [task.train.images for task in tasks]
+    own = task.train.images
     sources: list[Tensor] = []
     for name in spec.split("+"):
         if name == "own":
-            sources += own
+            sources.append(own)
+        elif name == "tasks":
+            sources += [each.train.images for each in tasks]
         elif name == "noise":
-            sources.append(_noise(torch.cat(own), generator))
+            sources.append(_noise(own, generator))
         else:
             foreign = _foreign(spec, name)
-            if foreign.shape[1:] != own[0].shape[1:]:
-                takes = "x".join(map(str, own[0].shape[1:]))
+            if foreign.shape[1:] != own.shape[1:]:
+                takes = "x".join(map(str, own.shape[1:]))
                 raise UserError(
                     f"the queries {name!r} have shape {tuple(foreign.shape[1:])}, the zoo's images "
-                    f"{tuple(own[0].shape[1:])}; resize them with {name.partition('@')[0]}@{takes}"
+                    f"{tuple(own.shape[1:])}; resize them with {name.partition('@')[0]}@{takes}"
                 )
-            sources.append(foreign.to(own[0].device))
+            sources.append(foreign.to(own.device))
     return QuerySet(tuple(sources))
 
 
@@ -67,7 +75,7 @@ def _foreign(spec: str, name: str) -> Tensor:
     try:
         return load_task(name).train.images
     except UserError as error:
-        raise UserError(f"query set {spec!r} (own, noise or tasks, joined with +): {error}") from None
+        raise UserError(f"query set {spec!r} (own, tasks, noise or a task's name, joined with +): {error}") from None
 
 
 def _noise(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -93,11 +93,3 @@ class Tokenizer:
     def detokenize(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens [n, T, D] as stacked weights {name: [n, *shape]}; padding is ignored."""
         return unflatten(self.architecture.shapes, tokens.flatten(1)[:, self.inverse.to(tokens.device)])
-
-    def check_architecture(self, architecture: Architecture) -> None:
-        """Raise a UserError unless checkpoints of this base network can be tokenized."""
-        if architecture != self.architecture:
-            raise UserError(
-                f"the representation is of {self.architecture}, the checkpoints are of {architecture}; "
-                "pretrain a representation on such a zoo"
-            )

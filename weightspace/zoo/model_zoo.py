@@ -201,9 +201,18 @@ class ModelZoo:
         Raises:
             UserError: the base network is not what the zoo was written with, or a shard is damaged.
         """
-        import torch
-
         from weightspace.networks.checkpoints import Checkpoints
+
+        weights = self.weights(frame["shard"].to_numpy(), frame["row"].to_numpy())
+        return Checkpoints(self.architecture, weights, frame.reset_index(drop=True).drop(columns=PLACE_COLUMNS))
+
+    def weights(self, shards: np.ndarray, rows: np.ndarray) -> dict[str, Tensor]:
+        """Read the weights {name: [n, *shape]} in some rows of some shards, n of each; `read` without a data frame.
+
+        Raises:
+            UserError: as `read`.
+        """
+        import torch
 
         shapes = self.architecture.shapes
         if shapes != self.shapes:
@@ -211,15 +220,13 @@ class ModelZoo:
                 f"the zoo {self.folder} holds {self.shapes}, but {self.architecture} has {shapes}; "
                 "give the base network as it was"
             )
-        weights = {name: torch.empty(len(frame), *shape) for name, shape in shapes.items()}
-        order = frame.reset_index(drop=True)
-        for shard, rows in order.groupby("shard", sort=True):
-            target = torch.from_numpy(rows.index.to_numpy(copy=True))
-            source = torch.from_numpy(rows["row"].to_numpy(copy=True))
-            stacked = open_shard(self.folder / shard_name(int(str(shard))), shapes)
-            for name, weight in stacked.items():
+        weights = {name: torch.empty(len(rows), *shape) for name, shape in shapes.items()}
+        for shard in np.unique(shards):
+            target = torch.from_numpy(np.flatnonzero(shards == shard))
+            source = torch.from_numpy(rows[shards == shard])
+            for name, weight in open_shard(self.folder / shard_name(int(shard)), shapes).items():
                 weights[name][target] = weight[source]
-        return Checkpoints(self.architecture, weights, order.drop(columns=PLACE_COLUMNS))
+        return weights
 
 
 def shard_name(shard: int) -> str:
