@@ -1,5 +1,5 @@
-"""Pretraining on zoos of any size: peak memory and waiting for data with 100 and with many checkpoints; how the cost of a
-step grows with tokens, checkpoints and queries.
+"""Pretraining on zoos of any size: peak memory and waiting for data with 100 and with many checkpoints; how the cost
+of a step grows with tokens, checkpoints and queries.
 
     python benchmarks/pretrain_scale.py [--checkpoints 10000] [--steps 20] [--rounds 3]
 """
@@ -28,6 +28,8 @@ from weightspace.zoo.model_zoo import ModelZoo, ZooWriter
 
 SIZE = AutoencoderConfig(latent=64, components=1)
 SHARD = 500
+TRIED = {"tokens": (289, 145, 73, 37), "checkpoints": (4, 8, 16, 32), "queries": (32, 64, 128, 256)}
+"""Sizes whose cost is measured; of tokens, entries per token."""
 TRAIN = """
 import resource, sys, time; from pathlib import Path
 import torch; torch.set_num_threads(1)
@@ -66,7 +68,7 @@ def write_zoo(folder: Path, count: int) -> ModelZoo:
 
 
 def trained(zoo: Path, out: Path, steps: int) -> tuple[float, float]:
-    """Peak memory (MiB), and the share of the time for which steps waited for data, of a training of its own process."""
+    """Peak memory (MiB) of a training in a process of its own, and the share of its time that it waited for data."""
     command = [sys.executable, "-c", TRAIN, str(zoo), str(out), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory, waited = map(float, done.stdout.split())
@@ -104,16 +106,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for count in (100, arguments.checkpoints):
             write_zoo(Path(name) / f"zoo{count}", count)
+        trained(Path(name) / "zoo100", Path(name) / "warm-up", 1)  # what is measured once per machine
+        for count in (100, arguments.checkpoints):
             peak[count], waited = trained(Path(name) / f"zoo{count}", Path(name) / f"out{count}", arguments.steps)
-            print(
-                f"{count:>7,} checkpoints: peak memory {peak[count]:.0f} MiB, {100 * waited:.2f} % of the time waited"
-            )
+            told = f"peak memory {peak[count]:.0f} MiB, {100 * waited:.2f} % of the time waited for data"
+            print(f"{count:>7,} checkpoints: {told}")
     grown: dict[str, tuple[list[int], list[float]]] = {}
-    for label, sizes in (
-        ("tokens", (289, 145, 73, 37)),
-        ("checkpoints", (4, 8, 16, 32)),
-        ("queries", (32, 64, 128, 256)),
-    ):
+    for label, sizes in TRIED.items():
         found = []
         for size in sizes:
             token_size = size if label == "tokens" else 289

@@ -48,7 +48,7 @@ def setting_of(
     checkpoints: Checkpoints, config: AutoencoderConfig, loss: LossConfig, queries: int, device: torch.device
 ) -> Setting:
     """A representation that was never trained, ready for a step."""
-    tokenizer = Tokenizer(checkpoints.architecture)
+    tokenizer = Tokenizer(checkpoints.architecture, config.token_size)
     normalizer = standardize(tokenizer, tokenizer.tokenize(checkpoints.weights).x)
     torch.manual_seed(0)
     autoencoder = Autoencoder(config, tokenizer.mask, tokenizer.positions)

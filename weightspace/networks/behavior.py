@@ -40,6 +40,8 @@ CONDITION_BATCH = 256
 """Images per batch on which statistics of batch normalizations are measured."""
 IMAGES_AT_ONCE = 32_768
 """Upper bound on checkpoints x inputs in one vectorized call, so that memory stays bounded."""
+VALUES_AT_ONCE = 2**23
+"""The same on a CPU for checkpoints x inputs x values of an input: what networks keep of an input grows with it."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,19 @@ def outputs(checkpoints: Checkpoints, inputs: Tensor, labels: Tensor | None = No
     device = inputs.device
     network = runner(checkpoints.architecture, device)
     group = calibrate(checkpoints.architecture, device, min(len(inputs), 256), len(checkpoints))
-    rows = max(group, min(256, IMAGES_AT_ONCE // len(inputs)), 1)  # checkpoints moved to the device at once
-    queries = max(IMAGES_AT_ONCE // group, 1)
+    most = inputs_at_once(math.prod(inputs.shape[1:]), device)
+    rows = max(group, min(256, most // len(inputs)), 1)  # checkpoints moved to the device at once
+    queries = max(most // group, 1)
     parts = []
     for start in range(0, len(checkpoints), rows):
         weights = {name: weight[start : start + rows].to(device) for name, weight in checkpoints.weights.items()}
         parts.append(torch.cat([logits(network, weights, batch, group) for batch in inputs.split(queries)], dim=1))
     return Outputs(torch.cat(parts), labels)
+
+
+def inputs_at_once(values: int, device: torch.device) -> int:
+    """Upper bound on checkpoints x inputs in one vectorized call, for inputs of so many values."""
+    return IMAGES_AT_ONCE if device.type == "cuda" else max(min(IMAGES_AT_ONCE, VALUES_AT_ONCE // values), 1)
 
 
 @torch.no_grad()
@@ -234,7 +242,8 @@ def timings(
     now = torch.get_num_threads()
     threads = threads or now
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    groups = [size for size in GROUPS if size == 1 or (size <= count and size * queries <= IMAGES_AT_ONCE)]
+    most = inputs_at_once(math.prod(image_shape_of(architecture.build())), device)
+    groups = [size for size in GROUPS if size == 1 or (size <= count and size * queries <= most)]
     cache = calibration_file()
     known = _known(cache)
     keys = {
