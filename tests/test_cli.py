@@ -88,7 +88,7 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_results(finished:
     command = [sys.executable, "-m", "weightspace.cli", "run", "smoke", "--out", str(folder), *TINY]
     moments = (
         "zoo/strategy.json", "zoo/checkpoints.parquet", "representations/structure/metrics.jsonl",
-        "representations/structure+behavior/state.pt", "reconstruct/stage.json", "generate/records.json",
+        "representations/structure+behavior/state.json", "reconstruct/stage.json", "generate/records.json",
     )  # fmt: skip
     for moment in moments:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

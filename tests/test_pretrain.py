@@ -227,7 +227,7 @@ def test_a_folder_that_is_no_representation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["model.safetensors", "metrics.jsonl", "state.pt", "last.safetensors", "config.json"]
+    "moment", ["model.safetensors", "metrics.jsonl", "state.json", "last.safetensors", "config.json"]
 )
 def test_killed_at_every_write_ends_the_same(
     tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

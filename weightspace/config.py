@@ -191,6 +191,12 @@ class PretrainConfig:
     """properties that are probed at every validation (R2 on split 'val')"""
     validate_every: int = 100
     """steps between validations and saved states"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """under torchrun: every process holds the representation (ddp), or a part of every weight (fsdp, FSDP2)"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the transformer's products while training"""
+    compile: bool = False
+    """compile the transformer (torch.compile); needs a C++ compiler on a CPU"""
 
 
 POSITIVE = (

@@ -6,6 +6,7 @@ A stage claims its output folder for one config, skips when that is finished, an
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from weightspace.config import (
 )
 from weightspace.downstream import finetune, generate, probe, reconstruct
 from weightspace.downstream.baselines import ANCHORS, RESERVED
+from weightspace.hyperrep.parallel import processes
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.page import make_report
@@ -105,11 +107,13 @@ def pretrain_stage(
         "seed": seed,
         "start": start.fingerprint if start else None,
     }
-    with runs.stage(folder, "representation", claim, quiet=bool(title)) as todo:
+    claimed = runs.stage(folder, "representation", claim, quiet=bool(title))
+    with processes(device) as here, here.led(claimed) as todo:
         if todo:
             zoos = [zoo] if isinstance(zoo, ModelZoo) else zoo
             monitor = probe.monitor(zoos, config) if config.probes else None
-            pretrain(zoo, folder, config, loss, autoencoder, seed, device, title or folder.name, monitor, start)
+            title = title or folder.name
+            pretrain(zoo, folder, config, loss, autoencoder, seed, device, title, monitor, start, here)
     return HyperRepresentation.load(folder, device)
 
 
@@ -274,8 +278,10 @@ def choose_device(name: str) -> torch.device:
     # the same numbers at every run, and those of float32
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one each under torchrun
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -240,8 +240,9 @@ def cores() -> int:
 
 
 def notice(text: str) -> None:
-    """Tell the user something that does not stop the work, on standard error."""
-    print(f"weightspace: {text}", file=sys.stderr)
+    """Tell the user something that does not stop the work, on standard error; of several processes one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weightspace: {text}", file=sys.stderr)
 
 
 def processor() -> str:
@@ -262,7 +263,7 @@ def progress(description: str, total: float, done: float = 0) -> Iterator[Any]:
     from rich import progress as bars
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),

@@ -199,12 +199,19 @@ class Core(nn.Module):
         self.decoder_positions = POSITIONS[config.positions](highest, width)
         self.decoder = transformer(width, config.layers, config.heads, config.feedforward)
         self.to_token = nn.Linear(width, size)
+        self.half = False
+        """whether the transformer computes in bfloat16"""
         self.averaged = len(layouts) > 1 or config.window is not None or config.positions == "sinusoidal"
         """whether the projection head sees the mean over tokens, since their number varies"""
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(latent if self.averaged else tokens * latent, config.head),
             nn.LayerNorm(config.head), nn.ReLU(), nn.Linear(config.head, config.head),
         )  # fmt: skip
+
+    def run(self, blocks: nn.Module, h: Tensor) -> Tensor:
+        """Transformer blocks [B, T, M] -> [B, T, M], their products in bfloat16 where training asks for it."""
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.half):
+            return blocks(h).float()
 
 
 class Autoencoder(nn.Module):
@@ -251,13 +258,13 @@ class Autoencoder(nn.Module):
     def encode_at(self, x: Tensor, at: slice) -> Tensor:
         """The tokens of some positions [B, T', D] -> their embedding [B, T', Z], as if there were no others."""
         h = self.core.embed(x) + self._where(self.core.encoder_positions, at)  # [B, T', M]
-        z = self.core.to_latent(self.core.encoder(h))
+        z = self.core.to_latent(self.core.run(self.core.encoder, h))
         return z if self.mixture is None else z + self.mixture.encode(x, at)
 
     def decode_at(self, z: Tensor, at: slice) -> Tensor:
         """The embedding of some positions [B, T', Z] -> their tokens [B, T', D], zero at padding."""
         h = self.core.from_latent(z) + self._where(self.core.decoder_positions, at)  # [B, T', M]
-        x = self.core.to_token(self.core.decoder(h))
+        x = self.core.to_token(self.core.run(self.core.decoder, h))
         return (x if self.mixture is None else x + self.mixture.decode(z, at)) * self.mask[at]
 
     def _where(self, vectors: nn.Module, at: slice) -> Tensor:

@@ -9,12 +9,11 @@ Legend: B checkpoints, T tokens, D token size, Z latent values, Q queries, C cla
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import pickle
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,15 @@ from torch import Tensor, nn
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.autoencoder import Window
-from weightspace.hyperrep.representation import CONFIG_FILE, MODEL_FILE, STATE_FILE, HyperRepresentation, assembled
+from weightspace.hyperrep.parallel import ALONE, Processes, distributed, load_shards, save_shards, whole_state
+from weightspace.hyperrep.representation import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    HyperRepresentation,
+    assembled,
+    once,
+)
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
@@ -35,11 +42,12 @@ from weightspace.networks.symmetry import groups_of
 from weightspace.runs import (
     RunFailed,
     UserError,
-    atomic,
     derive_seed,
     notice,
     progress,
+    read_json,
     read_lines,
+    write_json,
     write_lines,
     write_tensors,
 )
@@ -53,6 +61,8 @@ from weightspace.zoo.model_zoo import ModelZoo, usable
 
 METRICS_FILE = "metrics.jsonl"
 LAST_FILE = "last.safetensors"
+STATE_FOLDER = "state"
+"""How the folder of weights and optimizer begins; the number of the step follows."""
 VALIDATION_IMAGES = 512
 """Most images on which validation compares behavior."""
 
@@ -77,6 +87,8 @@ class Setting:
     """values by which the losses are divided"""
     inputs: int = 4
     """dimensions of a batch of queries, 4 for images"""
+    here: Processes = ALONE
+    """the processes among which every batch is divided"""
 
 
 def step_losses(
@@ -90,12 +102,13 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """The losses of one batch of checkpoints, each divided by its scale, and their weighted sum as "total".
 
-    A term whose weight is zero at this point of the schedule is not computed. With a window, only its tokens are
+    A term whose weight is zero at this point of the schedule is not computed. Of several processes, each computes the
+    losses of its own rows; only the contrastive one compares the whole batch. With a window, only its tokens are
     encoded, decoded and compared; for the behavioral loss they take their place among the original's other tokens.
 
     Args:
         setting: representation, loss weights, network, scales.
-        weights: {name: [B, *shape]}.
+        weights: {name: [B, *shape]}, the whole batch.
         queries: [Q, ...], or [B, Q, ...] where every checkpoint has its own.
         share: how much of the training is over, 0 to 1.
         generator: randomness of the views.
@@ -110,6 +123,7 @@ def step_losses(
     if config.permute == "all":
         weights = permuted(weights, groups, generator)
     everything = representation.tokens(weights)  # [B, T, D]
+    here, rows = setting.here, setting.here.share(len(everything))
     at = slice(0, len(mask)) if window is None else window.stretch
     core = at if window is None else window.core
     inner = slice(core.start - at.start, core.stop - at.start)
@@ -118,13 +132,14 @@ def step_losses(
         return autoencoder.encode(x) if window is None else autoencoder.encode_at(x, at)
 
     x, mask = everything[:, at], mask[at]  # [B, T', D], [T', D]
-    seen = _disturbed(x, mask, augment, generator)
+    seen = _disturbed(x, mask, augment, generator)[rows]
     if gamma > 0:
         other = weights if config.permute == "none" else permuted(weights, groups, generator)
-        view = _disturbed(representation.tokens(other)[:, at], mask, augment, generator)  # [B, T', D]
+        view = _disturbed(representation.tokens(other)[:, at], mask, augment, generator)[rows]  # [B, T', D]
         z, z_view = encode(torch.cat([seen, view])).chunk(2)  # [B, T', Z] each
         contrast = losses.contrastive if config.contrast == "nt-xent" else losses.positive
-        found["contrastive"] = contrast(autoencoder.project(z[:, inner]), autoencoder.project(z_view[:, inner]))
+        features = (here.gathered(autoencoder.project(some[:, inner])) for some in (z, z_view))
+        found["contrastive"] = here.whole(contrast(*features))
     else:
         z = encode(seen)  # [B, T', Z]
     weight = {
@@ -135,11 +150,14 @@ def step_losses(
         "norm": config.norm_penalty,
         "variance": config.variance_penalty,
     }
+    x, everything = x[rows], everything[rows]
+    weights = {name: weight[rows] for name, weight in weights.items()}
     x_hat = autoencoder.decode(z) if window is None else autoencoder.decode_at(z, at)  # [B, T', D]
     if weight["structural"] > 0:
         found["structural"] = losses.structural(x_hat[:, inner], x[:, inner], mask[inner])
     if weight["behavioral"] > 0:
         shared = queries.ndim == setting.inputs
+        queries = queries if shared else queries[rows]
         with torch.no_grad():
             target = behavior.logits(setting.network, weights, queries, setting.group, shared)  # [B, Q, C]
         spliced = torch.cat([everything[:, : core.start], x_hat[:, inner], everything[:, core.stop :]], 1)  # [B, T, D]
@@ -151,7 +169,7 @@ def step_losses(
     if config.norm_penalty > 0:
         found["norm"] = losses.norm_penalty(z)
     if config.variance_penalty > 0:
-        found["variance"] = losses.variance_penalty(z)
+        found["variance"] = here.whole(losses.variance_penalty(here.gathered(z)))
     found = {name: value / setting.scales.get(name, 1.0) for name, value in found.items()}
     found["total"] = torch.stack([weight[name] * value for name, value in found.items()]).sum()
     return found
@@ -277,6 +295,7 @@ def part_of(
     loss: LossConfig,
     seed: int,
     group: int | None,
+    here: Processes,
 ) -> Part:
     """Prepare a zoo for training: scales of the losses, queries, validation checkpoints and images.
 
@@ -286,6 +305,7 @@ def part_of(
         representation: the one of its base network.
         config, loss, seed: see `pretrain`.
         group: checkpoints per vectorized call of the base network (default: measured).
+        here: the processes among which every batch is divided.
     """
     device, architecture = representation.device, zoo.architecture
     tasks = [load_task(name).to(device) for name in zoo.tasks]
@@ -303,7 +323,7 @@ def part_of(
     scales = fit_scales(zoo.read(sample(frame, size, seed)), queries, loss, config.batch_size, seed)
     network = behavior.runner(architecture, device)
     setting = Setting(
-        representation, loss, network, losses.distance_of(loss), group, scales, tasks[0].train.images.ndim
+        representation, loss, network, losses.distance_of(loss), group, scales, tasks[0].train.images.ndim, here
     )
     return Part(setting, Stream(zoo, frame, config.batch_size, seed), frame, queries, validation)
 
@@ -323,7 +343,7 @@ def validate(parts: Sequence[Part], batch_size: int) -> dict[str, float]:
 
 
 def _validate(part: Part, batch_size: int) -> dict[str, float]:
-    setting, total = part.setting, dict[str, float]()
+    setting, total = dataclasses.replace(part.setting, here=ALONE), dict[str, float]()
     autoencoder = setting.representation.autoencoder.eval()
     count = sum(len(next(iter(weights.values()))) for weights, _ in part.validation)
     generator = torch.Generator().manual_seed(0)  # the same views at every validation
@@ -357,6 +377,7 @@ def pretrain(
     title: str = "representation",
     probe: Monitor | None = None,
     start: HyperRepresentation | None = None,
+    here: Processes = ALONE,
 ) -> HyperRepresentation:
     """Train a representation on the zoo's train split; the state of best validation total is what is returned.
 
@@ -375,6 +396,7 @@ def pretrain(
         probe: what else is measured at every validation.
         start: a representation of another zoo to go on from, with its normalization; it must have the same size. With
             sinusoidal positions it may be of other base networks: then its transformer is taken over.
+        here: the processes among which every batch is divided; the first one writes.
 
     Raises:
         UserError: a value that cannot work, epochs or a task that the zoo does not have.
@@ -383,28 +405,32 @@ def pretrain(
     for part, path in ((config, "pretrain"), (loss, "loss"), (autoencoder_config, "autoencoder")):
         check(part, path)
     if (folder / CONFIG_FILE).exists():  # killed after the last write
-        (folder / STATE_FILE).unlink(missing_ok=True)
+        if here.first:
+            _forget_state(folder)
         return HyperRepresentation.load(folder, device)
     zoos = [zoo] if isinstance(zoo, ModelZoo) else list(zoo)
     frames = [training_rows(each, config, "train") for each in zoos]
+    here.share(config.batch_size)  # it has to be divided evenly
     representation = untrained(zoos, frames, config, loss, autoencoder_config, seed, start).to(device)
-    trained = representation.modules
+    trained, core = representation.modules, representation.autoencoder.core
+    core.half = config.precision == "bfloat16"
+    if config.compile:
+        core.encoder.compile()
+        core.decoder.compile()
+    step_of = distributed(trained, config.parallel, here, device)
     optimizer = OPTIMIZERS[config.optimizer](trained.parameters(), config.learning_rate, config.weight_decay)
 
     records = read_lines(folder / METRICS_FILE)
-    state = _saved_state(folder, device)
     done, best, groups = 0, None, [None] * len(zoos)
-    if state is not None:
-        trained.load_state_dict(state["autoencoder"])
-        optimizer.load_state_dict(state["optimizer"])
+    if (state := _saved_state(folder)) is not None:
+        load_shards(folder / state["at"], trained, optimizer)
         # an interrupted training goes on with the group size that it began with: other sizes round differently
-        done, best, groups = state["step"], json.loads(state["best"]), state["groups"]
+        done, best, groups = state["step"], state["best"], state["groups"]
     records = [record for record in records if record["step"] <= done]
     parts = [
-        part_of(each, frame, representation.on(each.architecture), config, loss, seed, group)
+        part_of(each, frame, representation.on(each.architecture), config, loss, seed, group, here)
         for each, frame, group in zip(zoos, frames, groups, strict=True)
     ]
-    groups = [part.setting.group for part in parts]
     scales = [part.setting.scales for part in parts]
     representation.info["scales"] = scales[0] if len(scales) == 1 else scales
     # the zoos take turns; each counts its own steps, so that its batches do not depend on the others
@@ -420,10 +446,12 @@ def pretrain(
             batch = {name: weight.to(device) for name, weight in batch.items()}
             trained.train()
             asked = part.asked(rows, loss.queries, generator)
-            found = step_losses(
-                part.setting, batch, asked, step / config.steps, generator, config, _window(part, generator)
+            window = _window(part, generator)
+            work = partial(
+                step_losses, part.setting, batch, asked, step / config.steps, generator, config, window=window
             )
-            values = {name: float(value.detach()) for name, value in found.items()}
+            found: dict[str, Tensor] = step_of(work)
+            values = here.mean({name: float(value.detach()) for name, value in found.items()}, device)
             members = sorted(set(part.frame["member"].iloc[rows.numpy()].tolist()))
             _check_finite(values, f"the loss of {title}", step, members)
             for parameters in optimizer.param_groups:
@@ -436,25 +464,36 @@ def pretrain(
             done = step + 1
             advance(1, f"loss {values['total']:.3f}")
             if done % config.validate_every == 0 or done == config.steps:
-                validation = validate(parts, config.batch_size)
+                validation: dict[str, float] = step_of(partial(validate, parts, config.batch_size))
                 if probe is not None:
-                    validation |= probe(representation)
+                    validation |= step_of(partial(probe, representation))
                 _check_finite(validation, f"the validation of {title}", step, [])
                 record = {"step": done, "train": values, "val": validation}
                 records.append(record)
-                if best is None or validation["total"] < best["total"]:
-                    best = {"step": done, **validation}
-                    write_tensors(folder / MODEL_FILE, representation.state())
-                write_lines(folder / METRICS_FILE, records)
-                _save_state(folder, trained, optimizer, done, best, groups)
+                better = best is None or validation["total"] < best["total"]
+                best = {"step": done, **validation} if better else best
+                now = once(whole_state(trained, here))
+                if here.first and better:
+                    write_tensors(folder / MODEL_FILE, now)
+                if here.first and done == config.steps:
+                    write_tensors(folder / LAST_FILE, now)
+                if here.first:
+                    write_lines(folder / METRICS_FILE, records)
+                _save_state(folder, trained, optimizer, here, done, best, [part.setting.group for part in parts])
     assert best is not None  # every training ends with a validation
-    write_tensors(folder / LAST_FILE, representation.state())
-    representation.load_state(load_file(folder / MODEL_FILE))
-    trained.eval()
-    representation.info.update(step=best.pop("step"), validation=best)
-    representation.save(folder)
-    (folder / STATE_FILE).unlink()
-    return representation
+    here.wait()  # for the best model to be written
+    finished = assembled(
+        representation.autoencoder_config,
+        [each.tokenizer for each in representation.siblings],
+        [each.normalizer.to("cpu") for each in representation.siblings],
+        {**representation.info, "step": best.pop("step"), "validation": best},
+    )
+    finished.load_state(load_file(folder / MODEL_FILE))
+    finished.modules.eval()
+    if here.first:
+        finished.save(folder)
+        _forget_state(folder)
+    return finished.to(device)
 
 
 def untrained(
@@ -545,27 +584,30 @@ def _save_state(
     folder: Path,
     trained: nn.Module,
     optimizer: torch.optim.Optimizer,
+    here: Processes,
     step: int,
     best: dict[str, float],
     groups: list[int],
 ) -> None:
-    state = {
-        "autoencoder": trained.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "best": json.dumps(best),
-        "groups": groups,
-    }
-    content = io.BytesIO()
-    torch.save(state, content)
-    with atomic(folder / STATE_FILE) as path:
-        path.write_bytes(content.getbuffer())
+    """Keep all that is needed to go on; the state before is there until this one is complete."""
+    name = f"{STATE_FOLDER}-{step}"
+    if here.first:
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a process that was killed while writing
+    here.wait()
+    save_shards(folder / name, trained, optimizer)
+    here.wait()
+    if here.first:
+        write_json(folder / STATE_FILE, {"at": name, "step": step, "best": best, "groups": groups})
+        for path in folder.glob(f"{STATE_FOLDER}-*"):
+            if path.name != name:
+                shutil.rmtree(path)
 
 
-def _saved_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    if not (folder / STATE_FILE).exists():
-        return None
-    try:
-        return torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder / STATE_FILE} cannot be read ({error}); delete it to train from the start") from None
+def _saved_state(folder: Path) -> dict[str, Any] | None:
+    return read_json(folder / STATE_FILE) if (folder / STATE_FILE).exists() else None
+
+
+def _forget_state(folder: Path) -> None:
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    for path in folder.glob(f"{STATE_FOLDER}-*"):
+        shutil.rmtree(path)

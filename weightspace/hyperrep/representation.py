@@ -34,8 +34,8 @@ MODEL_FILE = "model.safetensors"
 NORMALIZATION_FILE = "normalization.safetensors"
 SHARED_FILES = (CONFIG_FILE, MODEL_FILE, NORMALIZATION_FILE)
 """What a representation consists of, beside its card."""
-STATE_FILE = "state.pt"
-"""What an unfinished training resumes from."""
+STATE_FILE = "state.json"
+"""Where an unfinished training resumes."""
 ROWS_AT_ONCE = 256
 """Checkpoints embedded or decoded in one call, so that memory stays bounded."""
 
@@ -110,7 +110,7 @@ class HyperRepresentation:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is trained by name, what siblings share once."""
-        return _once(self.modules)
+        return once(self.modules.state_dict())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
@@ -243,7 +243,7 @@ class HyperRepresentation:
                     raise ValueError(f"{NORMALIZATION_FILE} does not hold the tokens of {architecture}")
                 normalizers.append(Normalizer(scales[f"{i}.mean"], scales[f"{i}.std"], mask))
             with torch.device("meta"):  # no memory is taken before the shapes are known to be those of the file
-                sizes = _once(nn.ModuleList(autoencoders(size, tokenizers)))
+                sizes = once(nn.ModuleList(autoencoders(size, tokenizers)).state_dict())
             wrong = [name for name in sizes if name not in weights or weights[name].shape != sizes[name].shape]
             if wrong:
                 raise ValueError(f"{MODEL_FILE} does not hold {wrong[0]} as the config describes it")
@@ -279,9 +279,9 @@ class HyperRepresentation:
         return from_dict(PretrainConfig, self.info["pretrain"])
 
 
-def _once(modules: nn.ModuleList) -> dict[str, Tensor]:
-    """The state of autoencoders, what they share only under the first."""
-    return {k: v for k, v in modules.state_dict().items() if k.startswith("0.") or ".core." not in k}
+def once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of `HyperRepresentation.modules`, what they share only under the first."""
+    return {k: v for k, v in state.items() if k.startswith("0.") or ".core." not in k}
 
 
 def autoencoders(config: AutoencoderConfig, tokenizers: Sequence[Tokenizer]) -> list[Autoencoder]:
