@@ -4,7 +4,7 @@ CNN3: 93 tokens of 289, width 256, 8 + 8 layers, 8 heads, feed-forward 2048, 64 
 in two views, 256 queries of 3x32x32. The published step is rebuilt here from its description (REFERENCE of the method:
 arXiv 2503.17138): both views are decoded and compared, all networks run in one vmapped call, targets computed per view.
 
-    python benchmarks/pretrain_step.py [--rounds 3] [--small]
+    python benchmarks/pretrain_step.py [--rounds 3] [--small] [--options]
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one warm-up; the median is printed")
     parser.add_argument("--small", action="store_true", help="the size of the digits preset instead (CNN8)")
+    parser.add_argument("--options", action="store_true", help="also with pretrain.precision and pretrain.compile")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = Architecture("CNN8" if arguments.small else "CNN3")
@@ -115,6 +116,14 @@ def main() -> None:
         for kind, beta in (("behavior", 0.1), ("structure", 1.0)):
             loss = replace(LossConfig(), beta=beta)
             steps[name, kind] = make(setting_of(checkpoints, config, loss, query_count, device), weights, queries)
+    for kind in ("bfloat16", "compiled") if arguments.options else ():
+        setting = setting_of(checkpoints, config, LossConfig(), query_count, device)
+        core = setting.representation.autoencoder.core
+        core.reduced = kind == "bfloat16"
+        if kind == "compiled":
+            core.encoder.compile()
+            core.decoder.compile()
+        steps["ours", kind] = ours(setting, weights, queries)
     rounds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(arguments.rounds + 1):
         for key, step in steps.items():
@@ -126,6 +135,8 @@ def main() -> None:
     median = {key: statistics.median(values[1:]) for key, values in rounds.items()}
     for (name, kind), seconds in median.items():
         print(f"{name:<10}{kind:<10}{seconds:8.3f} s per step")
+    for kind in ("bfloat16", "compiled") if arguments.options else ():
+        print(f"ratio step_over_{kind} {median['ours', 'behavior'] / median['ours', kind]:.2f}")
     print(f"ratio step_published_over_ours {median['published', 'behavior'] / median['ours', 'behavior']:.2f}")
     print(f"ratio step_behavior_over_structure {median['ours', 'behavior'] / median['ours', 'structure']:.2f}")
 

@@ -20,12 +20,12 @@ from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.runs import UserError, read_lines
 from weightspace.zoo.model_zoo import ModelZoo
 
-SMALL = (
-    "--pretrain.epochs 1 2 --pretrain.batch-size 6 --pretrain.validate-every 2 --pretrain.steps 6 "
-    "--autoencoder.width 16 --autoencoder.layers 1 --autoencoder.heads 2 --autoencoder.feedforward 32 "
-    "--autoencoder.latent 6 --autoencoder.components 2 --loss.queries 16 --loss.distance kl "
-    "--loss.variance-penalty .1 --device cpu"
-).split(" ")
+SMALL = [
+    *("--pretrain.epochs", "1", "2", "--pretrain.batch-size", "6", "--pretrain.validate-every", "2"),
+    *("--pretrain.steps", "6", "--autoencoder.width", "16", "--autoencoder.layers", "1", "--autoencoder.heads", "2"),
+    *("--autoencoder.feedforward", "32", "--autoencoder.latent", "6", "--autoencoder.components", "2"),
+    *("--loss.queries", "16", "--loss.distance", "kl", "--loss.variance-penalty", ".1", "--device", "cpu"),
+]
 
 
 def command(zoo: ModelZoo, out: Path, processes: int, *more: str) -> list[str]:

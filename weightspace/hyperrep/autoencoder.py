@@ -199,7 +199,7 @@ class Core(nn.Module):
         self.decoder_positions = POSITIONS[config.positions](highest, width)
         self.decoder = transformer(width, config.layers, config.heads, config.feedforward)
         self.to_token = nn.Linear(width, size)
-        self.half = False
+        self.reduced = False
         """whether the transformer computes in bfloat16"""
         self.averaged = len(layouts) > 1 or config.window is not None or config.positions == "sinusoidal"
         """whether the projection head sees the mean over tokens, since their number varies"""
@@ -210,7 +210,7 @@ class Core(nn.Module):
 
     def run(self, blocks: nn.Module, h: Tensor) -> Tensor:
         """Transformer blocks [B, T, M] -> [B, T, M], their products in bfloat16 where training asks for it."""
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.reduced):
             return blocks(h).float()
 
 

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as sharded
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -196,7 +196,8 @@ def whole_state(trained: nn.Module, here: Processes) -> dict[str, Tensor]:
     """The state of all that is trained, put together; empty but on the first process."""
     if here.count == 1:
         return trained.state_dict()
-    return get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: Any = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return whole
 
 
 def save_shards(folder: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -208,7 +209,7 @@ def save_shards(folder: Path, trained: nn.Module, optimizer: torch.optim.Optimiz
     weights, moments = get_state_dict(trained, optimizer)
     try:
         with warnings.catch_warnings(action="ignore"):  # that there may be one process only
-            sharded.save({"trained": weights, "optimizer": moments}, checkpoint_id=folder)
+            state_dict_saver.save({"trained": weights, "optimizer": moments}, checkpoint_id=folder)
     except (OSError, CheckpointException) as error:
         raise RunFailed(
             f"{folder} cannot be written ({_first(error)}); make room and start the command again"
@@ -225,7 +226,7 @@ def load_shards(folder: Path, trained: nn.Module, optimizer: torch.optim.Optimiz
     state: dict[str, Any] = {"trained": weights, "optimizer": moments}
     try:
         with warnings.catch_warnings(action="ignore"):  # as above
-            sharded.load(state, checkpoint_id=folder)
+            state_dict_loader.load(state, checkpoint_id=folder)
     except (OSError, CheckpointException) as error:
         raise UserError(
             f"{folder} cannot be read ({_first(error)}); delete {folder.parent} to train from the start"

@@ -138,8 +138,8 @@ def step_losses(
         view = _disturbed(representation.tokens(other)[:, at], mask, augment, generator)[rows]  # [B, T', D]
         z, z_view = encode(torch.cat([seen, view])).chunk(2)  # [B, T', Z] each
         contrast = losses.contrastive if config.contrast == "nt-xent" else losses.positive
-        features = (here.gathered(autoencoder.project(some[:, inner])) for some in (z, z_view))
-        found["contrastive"] = here.whole(contrast(*features))
+        features, features_view = (here.gathered(autoencoder.project(some[:, inner])) for some in (z, z_view))
+        found["contrastive"] = here.whole(contrast(features, features_view))
     else:
         z = encode(seen)  # [B, T', Z]
     weight = {
@@ -413,7 +413,7 @@ def pretrain(
     here.share(config.batch_size)  # it has to be divided evenly
     representation = untrained(zoos, frames, config, loss, autoencoder_config, seed, start).to(device)
     trained, core = representation.modules, representation.autoencoder.core
-    core.half = config.precision == "bfloat16"
+    core.reduced = config.precision == "bfloat16"
     if config.compile:
         core.encoder.compile()
         core.decoder.compile()
@@ -471,7 +471,7 @@ def pretrain(
                 record = {"step": done, "train": values, "val": validation}
                 records.append(record)
                 better = best is None or validation["total"] < best["total"]
-                best = {"step": done, **validation} if better else best
+                best = {"step": done, **validation} if best is None or better else best
                 now = once(whole_state(trained, here))
                 if here.first and better:
                     write_tensors(folder / MODEL_FILE, now)
