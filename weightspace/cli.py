@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 Inline = Annotated[Config, tyro.conf.arg(name="")]
 Device = Annotated[str, tyro.conf.arg(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")]
+Cluster = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="train on a Ray cluster (extra `ray`): auto (the one that runs here), local (started and ended here) or "
+        "HOST:PORT; its machines share the output folder of a study"
+    ),
+]
 Folder = tyro.conf.Positional[Path]
 Folders = tyro.conf.Positional[tuple[Path, ...]]
 
@@ -82,12 +90,17 @@ class ZooTrain:
     seed: int = 0
     """seed of initializations, data orders and split"""
     device: Device = "auto"
+    cluster: Cluster = None
 
     def __call__(self) -> None:
         from weightspace.experiment import choose_device, zoo_stage
+        from weightspace.zoo.cluster import connected
         from weightspace.zoo.model_zoo import summary
 
-        print(summary(zoo_stage(self.out, self.config, self.seed, choose_device(self.device))))
+        device = choose_device(self.device)
+        with connected(self.cluster) if self.cluster else nullcontext(0) as processors:
+            zoo = zoo_stage(self.out, self.config, self.seed, device, processors=processors)
+        print(summary(zoo))
 
 
 @dataclass(frozen=True)
@@ -385,6 +398,7 @@ class RunStudy:
     seed: int = 0
     """seed of everything random"""
     device: Device = "auto"
+    cluster: Cluster = None
 
     def __call__(self) -> None:
         from weightspace.experiment import choose_device
@@ -394,7 +408,8 @@ class RunStudy:
         name = f"{self.task.replace('/', '-').replace(':', '-')}-{self.scale}"
         command = f"weightspace study {self.study} --task {self.task} --scale {self.scale} --seed {self.seed}"
         folder = self.out or Path("runs") / "studies" / name
-        print(f"page: {run_study(self.study, base, folder, choose_device(self.device), command)}")
+        page = run_study(self.study, base, folder, choose_device(self.device), command, self.cluster)
+        print(f"page: {page}")
 
 
 @dataclass(frozen=True)

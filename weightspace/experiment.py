@@ -76,11 +76,21 @@ def run(config: Experiment, folder: Path, device: torch.device) -> Path:
         return make_report(folder, folder / "report")
 
 
-def zoo_stage(folder: Path, config: ZooConfig, seed: int, device: torch.device, quiet: bool = False) -> ModelZoo:
-    """Train a population and write it as a zoo; quiet: it is not told when that was done before."""
+def zoo_stage(
+    folder: Path,
+    config: ZooConfig,
+    seed: int,
+    device: torch.device,
+    quiet: bool = False,
+    processors: int = 0,
+) -> ModelZoo:
+    """Train a population and write it as a zoo, here or on the processors of a connected Ray cluster.
+
+    Quiet: it is not told when that was done before.
+    """
     with runs.stage(folder, "zoo", {"zoo": dataclasses.asdict(config), "seed": seed}, quiet=quiet) as todo:
         if todo:
-            train_population(config, folder, seed, device)
+            train_population(config, folder, seed, device, processors)
     return ModelZoo.open(folder)
 
 

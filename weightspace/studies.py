@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,7 @@ from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.study import STUDY_FILE, make_study_report
 from weightspace.runs import RunFailed, UserError, atomic, derive_seed, fingerprint, read_json, write_json
 from weightspace.tasks.images import load_task
+from weightspace.zoo.cluster import connected, over
 from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
@@ -82,6 +84,8 @@ class Lab:
     study: str
     """name of the study at work, whose own files are in the folder of that name"""
     device: torch.device
+    processors: int = 0
+    """of a connected Ray cluster; 0: everything is trained here"""
 
     @property
     def own(self) -> Path:
@@ -92,7 +96,8 @@ class Lab:
         """The zoo of the base experiment with some fields of its ZooConfig changed."""
         config = dataclasses.replace(self.base.zoo, **changes)
         key = fingerprint({"config": dataclasses.asdict(config), "seed": self.base.seed})
-        return zoo_stage(self.folder / "zoos" / key, config, self.base.seed, self.device, quiet=True)
+        place = self.folder / "zoos" / key
+        return zoo_stage(place, config, self.base.seed, self.device, True, self.processors)
 
     def variant(self, **changes: Any) -> Variant:
         """The base representation (structure+behavior) with some fields changed.
@@ -150,6 +155,7 @@ class Lab:
         Args:
             changes: what else is changed; see `variant`. The learning rate is found without these changes.
         """
+        self._ahead(self.zoo(), {name: self.variant(**loss) for name, loss in BOTH.items()}, tuned=True)
         rates = {name: self.rate(name) for name in BOTH}
         return {name: self.variant(**loss, learning_rate=rates[name], **changes) for name, loss in BOTH.items()}
 
@@ -166,6 +172,7 @@ class Lab:
             tuned: choose each one's learning rate on validation (and record it).
             changes: passed on to `score`.
         """
+        self._ahead(zoo, variants, tuned)
         if tuned:
             variants = {name: self.tuned(zoo, variant, name) for name, variant in variants.items()}
         trained = {name: self.represent(zoo, variant, name) for name, variant in variants.items()}
@@ -176,6 +183,15 @@ class Lab:
             for name, variant in variants.items():
                 records.append(placed(setting(name, "learning rate", variant.pretrain.learning_rate), variant))
         return records
+
+    def _ahead(self, zoo: ModelZoo, variants: Mapping[str, Variant], tuned: bool) -> None:
+        """On a cluster, train all variants at the same time; what follows finds them in the (shared) folder."""
+        if self.processors:
+            here = dataclasses.replace(self, processors=0)
+            jobs = [(here, zoo.folder, variant, name, tuned) for name, variant in variants.items()]
+            with runs.progress(f"{self.study}: variants on the cluster", len(jobs)) as advance:
+                for name in over(_trained, jobs, self.device.type == "cuda"):
+                    advance(1, name)
 
     def score(
         self,
@@ -207,6 +223,14 @@ class Lab:
             title: variants.get(name) for name in trained for title in (name, *titles([name], generation.samplers))
         }
         return [placed(record, known.get(record["representation"])) for record in records]
+
+
+def _trained(job: tuple[Lab, Path, Variant, str, bool]) -> str:
+    """Train one variant on a worker of a cluster."""
+    lab, zoo, variant, name, tuned = job
+    torch.set_num_threads(1)
+    (lab.tuned if tuned else lab.represent)(ModelZoo.open(zoo), variant, name)
+    return name
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
@@ -565,7 +589,9 @@ def others(task: str) -> tuple[str, ...]:
     return tuple(f"{name}{suffix}" for name in ("patches", "street", "digits@3x32x32") if name != task)[:2]
 
 
-def run_study(name: str, base: Experiment, folder: Path, device: torch.device, command: str = "") -> Path:
+def run_study(
+    name: str, base: Experiment, folder: Path, device: torch.device, command: str = "", cluster: str | None = None
+) -> Path:
     """Run one study in its folder, or go on with it, and draw its page.
 
     Args:
@@ -574,6 +600,7 @@ def run_study(name: str, base: Experiment, folder: Path, device: torch.device, c
         folder: of the lab: zoos and representations of all studies are kept here, the study's own files in folder/name.
         device: where to train.
         command: what the page says made it.
+        cluster: address of a Ray cluster, see `connected`, whose machines share the folder.
 
     Returns:
         The path of its page.
@@ -584,11 +611,12 @@ def run_study(name: str, base: Experiment, folder: Path, device: torch.device, c
     """
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}; the studies are {', '.join(STUDIES)}")
-    chosen, lab = STUDIES[name], Lab(base, folder, name, device)
+    chosen, lab = STUDIES[name], Lab(base, folder.resolve() if cluster else folder, name, device)
     claim = {"study": name, "base": dataclasses.asdict(base), "learning_rates": LEARNING_RATES, "seeds": SEEDS}
     with runs.stage(lab.own, "study", claim) as todo:
         if todo:
-            records = chosen.run(lab)
+            with connected(cluster) if cluster else nullcontext(0) as processors:
+                records = chosen.run(dataclasses.replace(lab, processors=processors))
             write_json(lab.own / "records.json", records)
             about = {"name": name, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "command": command}
             write_json(lab.own / STUDY_FILE, {**about, "metrics": list(chosen.metrics), "x": chosen.x})

@@ -212,7 +212,8 @@ def save_shards(folder: Path, trained: nn.Module, optimizer: torch.optim.Optimiz
             state_dict_saver.save({"trained": weights, "optimizer": moments}, checkpoint_id=folder)
     except (OSError, CheckpointException) as error:
         raise RunFailed(
-            f"{folder} cannot be written ({_first(error)}); make room and start the command again"
+            f"{folder} cannot be written ({_first(error)}); make room and start the same command again, what was "
+            "finished is kept"
         ) from None
 
 

@@ -597,7 +597,8 @@ def _save_state(
     save_shards(folder / name, trained, optimizer)
     here.wait()
     if here.first:
-        write_json(folder / STATE_FILE, {"at": name, "step": step, "best": best, "groups": groups})
+        state = {"at": name, "step": step, "best": best, "groups": groups}
+        write_json(folder / STATE_FILE, state, sort=False)  # the order of the metrics is that of the model card
         for path in folder.glob(f"{STATE_FOLDER}-*"):
             if path.name != name:
                 shutil.rmtree(path)

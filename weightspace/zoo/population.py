@@ -10,7 +10,7 @@ Legend: n members, B images per step, C classes, P weights of one network.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from weightspace.networks.architectures import Architecture, arguments_of, check
 from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, unflatten
 from weightspace.runs import UserError, cores, derive_seed, notice, progress, read_json, write_json
 from weightspace.tasks.images import ImageTask, load_task
+from weightspace.zoo.cluster import over
 from weightspace.zoo.model_zoo import SPLITS, ZOO_FILE, ModelZoo, ZooWriter
 
 UNIT = 64
@@ -360,8 +361,16 @@ def plan(config: ZooConfig, task: ImageTask, members: int, cores: int) -> Strate
     return Strategy(1, group, unit)
 
 
-def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.device) -> ModelZoo:
+def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.device, processors: int = 0) -> ModelZoo:
     """Train the whole grid and write it as a zoo; continues after the shards that are already there.
+
+    Args:
+        config: the grid, and how it is trained.
+        folder: the zoo.
+        seed: seed of initializations, data orders and split.
+        device: where to train.
+        processors: of a connected Ray cluster that trains the shards (`zoo.cluster`; 0: they are trained here). The
+            zoo is the one that as many workers make here.
 
     Raises:
         UserError: an unknown task, network, init or activation, or a grid that leaves a split empty.
@@ -387,7 +396,8 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
     if (folder / STRATEGY_FILE).exists():
         strategy = Strategy(**read_json(folder / STRATEGY_FILE))
     else:
-        strategy = plan(config, task, len(members), cores())
+        asked = dataclasses.replace(config, workers=config.workers or processors or None)
+        strategy = plan(asked, task, len(members), cores())
         write_json(folder / STRATEGY_FILE, dataclasses.asdict(strategy))
     units = [
         own.iloc[rows]
@@ -399,7 +409,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
         return writer.finish(range(len(units)))
     finished = len(members) - sum(len(units[unit]) for unit in todo)
     with progress("zoo: training members", len(members), finished) as advance:
-        if strategy.workers == 1 or not todo:
+        if (strategy.workers == 1 and not processors) or not todo:
             for unit in todo:
                 own = tasks[units[unit]["task"].iloc[0]]
                 steps = config.epochs * -(-len(own.train.labels) // config.batch_size)
@@ -407,8 +417,9 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
                 part = train_members(config, units[unit], own, seed, strategy.group, lambda n, s=share: advance(n * s))
                 writer.write(unit, part)
         else:
-            jobs = [(config, units[unit], seed, strategy.group, unit) for unit in todo]
-            for unit, part in _in_workers(strategy.workers, jobs):
+            jobs = [Job(config, units[unit], seed, strategy.group, unit, device.type) for unit in todo]
+            results = over(_work, jobs, device.type == "cuda") if processors else _in_workers(strategy.workers, jobs)
+            for unit, part in results:
                 writer.write(unit, part)
                 advance(len(units[unit]))
     zoo = writer.finish(range(len(units)))
@@ -418,15 +429,25 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
     return zoo
 
 
-def _in_workers(
-    workers: int, jobs: list[tuple[ZooConfig, pd.DataFrame, int, int, int]]
-) -> Iterator[tuple[int, Checkpoints]]:
+@dataclass(frozen=True)
+class Job:
+    """One shard as a worker is given it."""
+
+    config: ZooConfig
+    members: pd.DataFrame
+    seed: int
+    group: int
+    unit: int
+    device: str
+
+
+def _in_workers(workers: int, jobs: Sequence[Job]) -> Iterator[tuple[int, Checkpoints]]:
     with parallel_config("loky", n_jobs=min(workers, len(jobs)), inner_max_num_threads=1):
         done = Parallel(return_as="generator_unordered")(delayed(_work)(job) for job in jobs)
         yield from cast(Iterator[tuple[int, Checkpoints]], done)
 
 
-def _work(job: tuple[ZooConfig, pd.DataFrame, int, int, int]) -> tuple[int, Checkpoints]:
-    config, members, seed, group, unit = job
+def _work(job: Job) -> tuple[int, Checkpoints]:
     torch.set_num_threads(1)
-    return unit, train_members(config, members, load_task(members["task"].iloc[0]), seed, group)
+    task = load_task(job.members["task"].iloc[0]).to(job.device)
+    return job.unit, train_members(job.config, job.members, task, job.seed, job.group)
