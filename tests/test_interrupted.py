@@ -118,7 +118,7 @@ def test_a_full_disk(tiny_zoo: ModelZoo, tmp_path: Path, capsys: pytest.CaptureF
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
             failures += 1
             message = capsys.readouterr().err
-            wrong = rf"File too large \({parts}/|{parts}/state-\d+ cannot be written \("  # the second: torch's own words
+            wrong = rf"File too large \({parts}/|{parts}/state-\d+ cannot be written \("  # by torch
             assert re.search(rf"({wrong}).*what was finished is kept", message), message
         assert failures > 1
         assert contents(parts) == contents(tmp_path / f"whole{i}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from weightspace.runs import RunFailed, UserError
 
 ATTEMPTS = 5
 """How often a job whose worker was lost is started again."""
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds in which a cluster has to answer."""
 
 Job = TypeVar("Job")
@@ -37,13 +39,8 @@ def connected(address: str) -> Iterator[int]:
     except ImportError:
         raise UserError("--cluster needs the extra 'ray': pip install 'weightspace[ray]'") from None
     place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    if found := re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d+)", place):  # Ray itself waits for minutes
-        try:
-            socket.create_connection((found[1], int(found[2])), PATIENCE).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"no Ray cluster answers at {place} ({error}); {_START}") from None
-    elif address not in ("auto", "local"):
-        raise UserError(f"--cluster {address!r} is no address of a Ray cluster; give auto, local or HOST:PORT")
+    if place not in ("", "local"):
+        _probe(place)
     passed = {name: os.environ[name] for name in (TRUSTED, "PYTHONPATH") if name in os.environ}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -57,6 +54,19 @@ def connected(address: str) -> Iterator[int]:
 
 
 _START = "start one with `ray start --head` and give its address, or use --cluster local"
+
+
+def _probe(address: str) -> None:
+    """Whether a cluster answers; asked by itself, Ray tries for minutes."""
+    if not (found := re.fullmatch(r"\[?([^\]/]+?)\]?:(\d+)", address)):
+        raise UserError(f"{address!r} is no address of a Ray cluster; give auto, local or HOST:PORT")
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        socket.create_connection((found[1], int(found[2])), PATIENCE).close()
+        subprocess.run(check, capture_output=True, check=True, timeout=PATIENCE)
+    except (OSError, OverflowError, subprocess.SubprocessError) as error:
+        reason = error if isinstance(error, OSError | OverflowError) else "something else answers there"
+        raise UserError(f"no Ray cluster answers at {address} ({reason}); {_START}") from None
 
 
 def over(work: Callable[[Job], Result], jobs: Sequence[Job], gpu: bool = False) -> Iterator[Result]:
