@@ -29,7 +29,7 @@ from weightspace.zoo.population import architecture_of, grid, plan, recipe_of, s
 def task_for(network: str, images: int) -> ImageTask:
     """Random images of the size that the network takes: the cost of a step does not depend on their content."""
     generator = torch.Generator().manual_seed(0)
-    shape = Architecture(network).build().image_shape
+    shape = Architecture(network).build().input_shape
     pixels = torch.randn(images, *shape, generator=generator)
     split = ImageSplit(pixels, torch.randint(10, (images,), generator=generator))
     return ImageTask("random", 10, split, split, split)

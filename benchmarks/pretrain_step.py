@@ -109,7 +109,7 @@ def main() -> None:
     architecture = Architecture("CNN8" if arguments.small else "CNN3")
     config, count, query_count = (SMALL, 32, 128) if arguments.small else (PUBLISHED, 16, 256)
     checkpoints = checkpoints_of(architecture, count)
-    queries = torch.randn(query_count, *architecture.build().image_shape, device=device)
+    queries = torch.randn(query_count, *architecture.build().input_shape, device=device)
     weights = checkpoints.to(device).weights
     steps = {}
     for name, make in (("ours", ours), ("published", published)):

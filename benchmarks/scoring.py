@@ -26,7 +26,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = Architecture(arguments.network)
     checkpoints = checkpoints_of(architecture, arguments.checkpoints)
-    images = torch.randn(arguments.images, *architecture.build().image_shape, device=device)
+    images = torch.randn(arguments.images, *architecture.build().input_shape, device=device)
     networks = [checkpoints.network(row).to(device) for row in range(len(checkpoints))]
 
     @torch.no_grad()

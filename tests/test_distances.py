@@ -100,7 +100,7 @@ def pair(population: Checkpoints) -> tuple[Checkpoints, Checkpoints, Tensor]:
     groups = groups_of(population.architecture)
     permutations = random_permutations(groups, len(population), generator())
     copies = Checkpoints(population.architecture, permute(population.weights, groups, permutations), population.frame)
-    return population, copies, torch.randn(20, *behavior.image_shape_of(population.network(0)), generator=generator())
+    return population, copies, torch.randn(20, *behavior.input_shape_of(population.network(0)), generator=generator())
 
 
 def test_a_permuted_copy_is_far_in_weights_and_near_in_all_else(pair: tuple[Checkpoints, Checkpoints, Tensor]) -> None:

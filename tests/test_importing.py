@@ -391,7 +391,7 @@ def test_a_network_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "from torch import nn\n"
         "def net(width=4):\n"
         "    made = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width), nn.Linear(width, 10))\n"
-        "    made.image_shape = (1, 8, 8)\n"
+        "    made.input_shape = (1, 8, 8)\n"
         "    return made\n"
         "shape = (1, 8, 8)\n"
     )

@@ -131,5 +131,5 @@ def test_presets_are_complete() -> None:
 def test_other_tasks_have_the_same_shape(task: str) -> None:
     from weightspace.tasks.images import load_task
 
-    shapes = {load_task(name).image_shape for name in (task, *others(task))}
+    shapes = {load_task(name).input_shape for name in (task, *others(task))}
     assert len(shapes) == 1 and len({task, *others(task)}) == 3

@@ -38,7 +38,7 @@ def digits() -> ImageTask:
 
 def test_sizes_and_types(digits: ImageTask) -> None:
     assert {name: len(digits.split(name).labels) for name in SIZES} == SIZES
-    assert digits.image_shape == (1, 8, 8)
+    assert digits.input_shape == (1, 8, 8)
     assert digits.classes == 10
     for name, size in SIZES.items():
         split = digits.split(name)
@@ -124,14 +124,14 @@ def test_colors_become_gray_by_luminance_and_gray_is_repeated() -> None:
 
 def test_tasks_of_another_shape_keep_split_and_normalization(digits: ImageTask) -> None:
     small = load_task("digits@1x4x4")
-    assert small.image_shape == (1, 4, 4) and small.name == "digits@1x4x4"
+    assert small.input_shape == (1, 4, 4) and small.name == "digits@1x4x4"
     for name in SPLITS:
         assert torch.equal(small.split(name).labels, digits.split(name).labels)
         pooled = F.avg_pool2d(digits.split(name).images, 2)
         scale = F.avg_pool2d(digits.train.images, 2).std(correction=0)
         torch.testing.assert_close(small.split(name).images, pooled / scale, atol=1e-4, rtol=1e-4)
     wide = load_task("digits@3x32x32")
-    assert wide.image_shape == (3, 32, 32) and torch.equal(wide.train.images[:, 0], wide.train.images[:, 2])
+    assert wide.input_shape == (3, 32, 32) and torch.equal(wide.train.images[:, 0], wide.train.images[:, 2])
     assert abs(wide.train.images.std().item() - 1) < 1e-3
 
 
@@ -190,7 +190,7 @@ def levels(task: ImageTask, split: str) -> torch.Tensor:
 def test_a_published_task_from_parquet_files(tmp_path: Path) -> None:
     first, second = cifar(tmp_path)
     task = load_task(f"cifar10:{tmp_path}")
-    assert task.classes == 10 and task.image_shape == (3, 32, 32)
+    assert task.classes == 10 and task.input_shape == (3, 32, 32)
     assert [len(task.split(name).labels) for name in SPLITS] == [90, 10, 20]
     assert torch.equal(torch.bincount(task.val.labels), torch.ones(10).long())  # stratified
     assert np.array_equal(levels(task, "test").numpy(), np.stack(second))  # ImageNet's mean and deviation, undone
@@ -264,9 +264,9 @@ def test_gray_tasks_are_normalized_by_their_training_images(tmp_path: Path) -> N
         images = [png(image) for image in noise_images(count, (16, 16), 4)]
         write_parquet(tmp_path / f"{split}-0.parquet", images, [i % 10 for i in range(count)])
     task = load_task(f"usps:{tmp_path}")
-    assert task.image_shape == (1, 28, 28)
+    assert task.input_shape == (1, 28, 28)
     assert abs(task.train.images.mean().item()) < 1e-4 and abs(task.train.images.std(correction=0).item() - 1) < 1e-4
-    assert load_task(f"usps:{tmp_path}@3x32x32").image_shape == (3, 32, 32)
+    assert load_task(f"usps:{tmp_path}@3x32x32").input_shape == (3, 32, 32)
 
 
 def write_folder(
@@ -283,7 +283,7 @@ def test_own_images_in_folders(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train": 20, "test": 3})
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     task = load_task(f"folder:{tmp_path}")
-    assert task.class_names == ("cat", "dog") and task.classes == 2 and task.image_shape == (3, 6, 5)
+    assert task.class_names == ("cat", "dog") and task.classes == 2 and task.input_shape == (3, 6, 5)
     assert [len(task.split(name).labels) for name in SPLITS] == [36, 4, 6]  # val: 10 % of train
     assert task.val.labels.bincount().tolist() == [2, 2]
     bright = task.train.images.mean((1, 2, 3))
@@ -304,7 +304,7 @@ def test_own_images_in_parquet_files(tmp_path: Path) -> None:
         write_parquet(tmp_path / "b" / f"{split}.parquet", images, ["9", "10"] * 10, column="kind")
     first, second = load_task(f"folder:{tmp_path / 'a'}"), load_task(f"folder:{tmp_path / 'b'}")
     assert first.class_names == ("no", "yes") and second.class_names == ("9", "10")
-    assert torch.equal(first.train.labels, second.train.labels) and first.image_shape == (1, 5, 5)
+    assert torch.equal(first.train.labels, second.train.labels) and first.input_shape == (1, 5, 5)
     assert torch.equal(first.train.images, second.train.images)
 
 
@@ -399,7 +399,7 @@ def test_images_of_differing_sizes(tmp_path: Path) -> None:
     Image.new("RGB", (9, 6)).save(tmp_path / "train" / "dog" / "2.png")
     with pytest.raises(UserError, match=r"dog/2.png is 9 wide and 6 high, the first image 5 and 6; .*@3x6x5"):
         load_task(f"folder:{tmp_path}")
-    assert load_task(f"folder:{tmp_path}@3x6x5").image_shape == (3, 6, 5)
+    assert load_task(f"folder:{tmp_path}@3x6x5").input_shape == (3, 6, 5)
 
 
 def test_one_class_and_deep_pixels(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def architectures(names: set[str] | None = None) -> st.SearchStrategy[Architectu
             name,
             {"channels": channels, "classes": classes} | ({"size": 8, "width": 4} if name in RESIDUAL else {}),
         ),
-        st.sampled_from(sorted((names or set(NETWORKS)) - {"MLP"})),
+        st.sampled_from(sorted((names or set(NETWORKS)) - {"MLP", "SIREN"})),
         channels,
         classes,
     )
@@ -53,7 +53,10 @@ def architectures(names: set[str] | None = None) -> st.SearchStrategy[Architectu
         st.integers(1, 9),
         classes,
     )
-    return dense | convolutional
+    sines = st.builds(
+        lambda width, outputs: Architecture("SIREN", {"width": width, "outputs": outputs}), classes, channels
+    )
+    return dense | convolutional | (sines if names is None else st.nothing())
 
 
 def weights_of(architecture: Architecture, count: int, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
@@ -253,7 +256,7 @@ def test_permuted_keeps_the_logits_and_moves_the_weights(name: str, make_checkpo
     groups = groups_of(checkpoints.architecture)
     generator = torch.Generator().manual_seed(1)
     views = [permuted(checkpoints.weights, groups, generator) for _ in range(2)]
-    x = torch.randn(4, *network.image_shape, generator=generator)
+    x = torch.randn(4, *network.input_shape, generator=generator)
     expected = logits(network, checkpoints.weights, x, 1)
     for view in views:
         torch.testing.assert_close(logits(network, view, x, 1), expected, rtol=1e-4, atol=1e-5)

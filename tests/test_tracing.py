@@ -117,7 +117,7 @@ class Gated(nn.Module):
         self.scale = nn.Parameter(torch.ones(4, 1, 1))
         self.shared = nn.Linear(4, 4)
         self.fc = nn.Linear(4 * 16, 5)
-        self.image_shape = (1, 8, 8)
+        self.input_shape = (1, 8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.point(torch.relu(self.depthwise(self.conv(x)))))  # [B, 4, 4, 4]
@@ -145,7 +145,7 @@ class Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
-        self.image_shape = (4,)
+        self.input_shape = (4,)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.cumsum(self.first(x), 1)

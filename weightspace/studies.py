@@ -378,7 +378,7 @@ def attention(lab: Lab) -> Records:
 def lenet5(lab: Lab) -> Records:
     """Does it hold for a larger network? LeNet5 (62,006 weights), with and without behavior."""
     task = lab.base.zoo.tasks[0]
-    wide = task if load_task(task).image_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
+    wide = task if load_task(task).input_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
     zoo = lab.zoo(tasks=(wide,), network="LeNet5", learning_rates=lab.base.zoo.learning_rates[:2])
     size = {"token_size": 256, "components": min(lab.base.autoencoder.components, 2)}
     return lab.compare(zoo, {name: lab.variant(**loss, **size) for name, loss in BOTH.items()}, tuned=True)
@@ -584,7 +584,7 @@ def finetuning(lab: Lab) -> Records:
 
 def others(task: str) -> tuple[str, ...]:
     """Two further tasks, offline, with images of the same shape."""
-    shape = "x".join(map(str, load_task(task).image_shape))
+    shape = "x".join(map(str, load_task(task).input_shape))
     suffix = "" if shape == "3x32x32" else f"@{shape}"
     return tuple(f"{name}{suffix}" for name in ("patches", "street", "digits@3x32x32") if name != task)[:2]
 

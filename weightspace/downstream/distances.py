@@ -52,13 +52,11 @@ def cka(first: Tensor, second: Tensor) -> Tensor:
     return (cross.square() / (own * other).clamp(min=1e-30)).to(first)
 
 
-def probability_distance(first: Tensor, second: Tensor) -> Tensor:
-    """L2 distance of the class probabilities per query: logits [n, Q, C] twice -> [n, Q]."""
-    return (first.softmax(-1) - second.softmax(-1)).norm(dim=-1)
-
-
 COLUMNS = ("L2 of weights", "L2 of weights, aligned", "L2 of probabilities", "worst case", "KL", "JS", "CKA")
-"""What `model_distances` gives; all but CKA (a similarity) are 0 for equal networks."""
+"""What `model_distances` gives; all but CKA (a similarity) are 0 for equal networks.
+
+Of networks that represent a signal, values take the place of probabilities, and there are no divergences (NaN).
+"""
 
 
 def model_distances(first: Checkpoints, second: Checkpoints, outputs: Outputs, others: Outputs) -> pd.DataFrame:
@@ -72,14 +70,15 @@ def model_distances(first: Checkpoints, second: Checkpoints, outputs: Outputs, o
     """
     aligned = flatten(align(second.weights, first.weights, groups_of(first.architecture)))
     flat = first.flat()
-    by_query = probability_distance(outputs.logits, others.logits)
+    by_query = (outputs.probabilities - others.probabilities).norm(dim=-1)  # [n, Q]
+    nothing = torch.full((len(flat),), torch.nan)
     columns = (
         (second.flat() - flat).norm(dim=1),
         (aligned - flat).norm(dim=1),
         by_query.mean(1),
         by_query.amax(1),
-        kl(outputs.logits, others.logits),
-        jensen_shannon(outputs.logits, others.logits),
+        nothing if outputs.real else kl(outputs.logits, others.logits),
+        nothing if outputs.real else jensen_shannon(outputs.logits, others.logits),
         cka(outputs.logits, others.logits),
     )
     values = (column.double().cpu().numpy() for column in columns)

@@ -81,11 +81,13 @@ def for_task(networks: Checkpoints, task: ImageTask, init: str, seed: int) -> Ch
     Raises:
         UserError: the task's images are of another shape than the networks take.
     """
-    takes = behavior.image_shape_of(networks.architecture.build())
-    if takes != task.image_shape:
+    takes = behavior.input_shape_of(networks.architecture.build())
+    if len(takes) != len(task.input_shape):
+        raise UserError(f"these networks take inputs of shape {takes}, those of {task.name!r} have {task.input_shape}")
+    if takes != task.input_shape:
         fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, takes))}"
         raise UserError(
-            f"these networks take images of shape {takes}, but those of {task.name!r} have {task.image_shape}; "
+            f"these networks take images of shape {takes}, but those of {task.name!r} have {task.input_shape}; "
             f"resize them with {fitting}"
         )
     arguments = {**networks.architecture.arguments, "classes": task.classes}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def score(
     accuracy = _array(outputs.accuracy)
     each = np.arange(len(accuracy))
     scale = [float(metrics.pair_mean(values, np.ones(len(values)))) for values in reference]
-    ensemble = (outputs.probabilities.mean(0).argmax(-1) == outputs.labels).double().mean()
+    ensemble = replace(outputs, logits=outputs.probabilities.mean(0, keepdim=True)).accuracy
     drawn = np.random.default_rng(0).choice(accuracy, (metrics.RESAMPLES, len(accuracy)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
 

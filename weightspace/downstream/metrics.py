@@ -18,19 +18,17 @@ EXACT = "donot_use_mm_for_euclid_dist"
 """How distances are computed where equal networks must have distance zero."""
 
 
-def agreement(predictions: Tensor, others: Tensor) -> Tensor:
-    """Share of queries with the same predicted class, row by row: [n, Q], [n, Q] -> [n]."""
-    return (predictions == others).float().mean(1)
-
-
 def pairwise_agreement(predictions: Tensor, classes: int) -> Tensor:
-    """Agreement of every pair: [n, Q] -> [n, n]."""
+    """Agreement (`networks.behavior`) of every pair: [n, Q], or values [n, Q, C] -> [n, n]."""
+    if predictions.is_floating_point():
+        flat = predictions.flatten(1)
+        return 1 - torch.cdist(flat, flat, compute_mode=EXACT).square() / flat.shape[1]
     chosen = torch.nn.functional.one_hot(predictions, classes).flatten(1).float()
     return chosen @ chosen.T / predictions.shape[1]
 
 
 def floor(predictions: Tensor, classes: int) -> Tensor:
-    """Mean agreement of each network with the others: [n, Q], one row per member -> [n]; NaN for a single row."""
+    """Mean agreement of each network with the others, one row per member: [n, Q] -> [n]; NaN for a single row."""
     pairs = pairwise_agreement(predictions, classes)
     return (pairs.sum(1) - pairs.diagonal()) / (len(pairs) - 1)
 
@@ -42,7 +40,13 @@ def identified(probabilities_hat: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def agreement_on_errors(predictions_hat: Tensor, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(images that the original gets wrong and the reconstruction predicts alike, images it gets wrong), [n] each."""
+    """(images that the original gets wrong and the reconstruction predicts alike, images it gets wrong), [n] each.
+
+    Values are neither right nor wrong: (0, 0).
+    """
+    if predictions.is_floating_point():
+        none = torch.zeros(len(predictions), device=predictions.device)
+        return none, none
     wrong = predictions != labels
     return (wrong & (predictions_hat == predictions)).sum(1), wrong.sum(1)
 

@@ -69,7 +69,7 @@ def _behaviors(originals: Checkpoints, reconstructed: Checkpoints, task: ImageTa
     frame = model_distances(originals, reconstructed, outputs, outputs_hat).assign(
         original_acc=_array(outputs.accuracy),
         reconstructed_acc=_array(outputs_hat.accuracy),
-        agreement=_array(metrics.agreement(outputs_hat.predictions, outputs.predictions)),
+        agreement=_array(behavior.agreement(outputs_hat.predictions, outputs.predictions)),
         errors_alike=_array(alike),
         errors=_array(wrong),
         floor=np.nan,

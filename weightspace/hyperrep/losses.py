@@ -69,12 +69,19 @@ def cross_entropy(logits_hat: Tensor, logits: Tensor, temperature: float = 1.0) 
     return -(target * (logits_hat / temperature).log_softmax(-1)).sum(-1) * temperature**2
 
 
+def values(outputs_hat: Tensor, outputs: Tensor) -> Tensor:
+    """Squared error of real-valued outputs. [B, Q, C] -> [B, Q]"""
+    return (outputs_hat - outputs).square().mean(-1)
+
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(reconstructed logits, original logits) [B, Q, C] twice -> [B, Q]."""
 
 
-def distance_of(config: LossConfig) -> Distance:
-    """The behavioral distance that a config names."""
+def distance_of(config: LossConfig, real: bool = False) -> Distance:
+    """The behavioral distance that a config names; of real-valued outputs it is always that of `values`."""
+    if real:
+        return values
     if config.distance in ("kl", "cross-entropy"):
         return partial(kl if config.distance == "kl" else cross_entropy, temperature=config.temperature)
     return probabilities if config.distance == "probabilities" else logits_distance

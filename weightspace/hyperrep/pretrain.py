@@ -89,6 +89,8 @@ class Setting:
     """dimensions of a batch of queries, 4 for images"""
     here: Processes = ALONE
     """the processes among which every batch is divided"""
+    real: bool = False
+    """whether the networks' outputs are values, not logits of classes"""
 
 
 def step_losses(
@@ -229,7 +231,12 @@ def training_checkpoints(zoo: ModelZoo, config: PretrainConfig, split: str) -> C
 
 
 def fit_scales(
-    checkpoints: Checkpoints, queries: Mapping[str, QuerySet], loss: LossConfig, batch_size: int, seed: int
+    checkpoints: Checkpoints,
+    queries: Mapping[str, QuerySet],
+    loss: LossConfig,
+    distance: losses.Distance,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, float]:
     """The value by which each loss is divided, so that 1 means "no better than knowing nothing".
 
@@ -247,7 +254,7 @@ def fit_scales(
         if different.any():
             logits = behavior.outputs(first, own.draw(4 * loss.queries, generator)).logits
             different = different.to(logits.device)
-            pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], losses.distance_of(loss))
+            pairs = losses.behavioral(logits.roll(1, 0)[different], logits[different], distance)
             total, count = total + float(pairs) * int(different.sum()), count + int(different.sum())
     if not count:
         raise UserError("the training split holds one member only; a representation needs several")
@@ -320,11 +327,11 @@ def part_of(
             validation.append((own.weights, task.val.images[: VALIDATION_IMAGES // len(tasks)]))
     shared = len(tasks) == 1
     group = group or behavior.calibrate(architecture, device, loss.queries, config.batch_size, shared, training=True)
-    scales = fit_scales(zoo.read(sample(frame, size, seed)), queries, loss, config.batch_size, seed)
+    real = tasks[0].real
+    distance = losses.distance_of(loss, real)
+    scales = fit_scales(zoo.read(sample(frame, size, seed)), queries, loss, distance, config.batch_size, seed)
     network = behavior.runner(architecture, device)
-    setting = Setting(
-        representation, loss, network, losses.distance_of(loss), group, scales, tasks[0].train.images.ndim, here
-    )
+    setting = Setting(representation, loss, network, distance, group, scales, tasks[0].train.images.ndim, here, real)
     return Part(setting, Stream(zoo, frame, config.batch_size, seed), frame, queries, validation)
 
 
@@ -357,10 +364,11 @@ def _validate(part: Part, batch_size: int) -> dict[str, float]:
             if "structural" not in found:  # its weight is zero at the end
                 found["structural"] = float(losses.structural(x_hat, x, autoencoder.mask))
             predicted, original = (
-                behavior.logits(setting.network, some, queries, setting.group).argmax(-1)
+                outputs if setting.real else outputs.argmax(-1)
                 for some in (setting.representation.weights(x_hat), batch)
+                for outputs in [behavior.logits(setting.network, some, queries, setting.group)]
             )
-            found["agreement"] = float((predicted == original).float().mean())
+            found["agreement"] = float(behavior.agreement(predicted, original).mean())
             for name, value in found.items():
                 total[name] = total.get(name, 0.0) + value * rows / count
     return total

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ class CNN8(nn.Module):
         self.fc2 = nn.Linear(20, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, 8, 8)
+        self.input_shape = (channels, 8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 8, 4, 4]
@@ -53,7 +54,7 @@ class CNN3(nn.Module):
         self.fc2 = nn.Linear(20, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, 32, 32)
+        self.input_shape = (channels, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 16, 15, 15]
@@ -75,7 +76,7 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(20, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, 28, 28)
+        self.input_shape = (channels, 28, 28)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.activation(F.max_pool2d(self.conv1(x), 2)))  # [B, 8, 12, 12]
@@ -97,7 +98,7 @@ class LeNet5(nn.Module):
         self.fc3 = nn.Linear(84, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, 32, 32)
+        self.input_shape = (channels, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(F.max_pool2d(self.activation(self.conv1(x)), 2))  # [B, 6, 14, 14]
@@ -126,7 +127,7 @@ class SmallCNN(nn.Module):
         self.fc = nn.Linear(hidden, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, size, size)
+        self.input_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.activation(self.conv1(x)))  # [B, hidden, 13, 13]
@@ -153,12 +154,37 @@ class MLP(nn.Module):
         self.fc3 = nn.Linear(hidden, classes)
         self.activation = activation_named(activation)
         self.dropout = nn.Dropout(dropout)
-        self.image_shape = (channels, size, size)
+        self.input_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.activation(self.fc1(x.flatten(1))))  # [B, hidden]
         x = self.dropout(self.activation(self.fc2(x)))  # [B, hidden]
         return self.fc3(x)  # [B, classes]
+
+
+class SIREN(nn.Module):
+    """An image as a function of its coordinates, through sines (Sitzmann et al. 2020, arXiv 2006.09661).
+
+    With the initialization "own" it starts as in section 3.2 there.
+    """
+
+    def __init__(
+        self, inputs: int = 2, outputs: int = 1, width: int = 32, layers: int = 2, omega: float = 30.0
+    ) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * layers]
+        self.hidden = nn.ModuleList([nn.Linear(ins, outs) for ins, outs in pairwise(sizes)])
+        self.last = nn.Linear(width, outputs)
+        self.omega = omega
+        self.input_shape = (inputs,)
+        for i, layer in enumerate([*self.hidden, self.last]):
+            bound = math.sqrt(6 / width) / omega if i else 1 / inputs
+            nn.init.uniform_(cast(nn.Linear, layer).weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = torch.sin(self.omega * layer(x))  # [B, width]
+        return self.last(x)  # [B, outputs]
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -169,6 +195,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "MLP": MLP,
     "MLPMixer": MLPMixer,
     "ResNet18": ResNet18,
+    "SIREN": SIREN,
     "SmallCNN": SmallCNN,
     "ViT": ViT,
 }
@@ -181,7 +208,7 @@ TRUSTED = "WEIGHTSPACE_NETWORKS"
 def register_network(name: str) -> None:
     """Allow a base network of another package: from now on, in this process and its workers, its name can be used.
 
-    The factory gives an `nn.Module`; the module says in `image_shape` (channels, height, width) what it takes, and
+    The factory gives an `nn.Module`; the module says in `input_shape` (channels, height, width) what it takes, and
     where it cannot be traced, it may declare `permutation_groups()`. A zoo only names its base network: code is
     imported where the user names it too, here, with `zoo train --zoo.network` or `zoo import --network`, or in the
     environment variable WEIGHTSPACE_NETWORKS.

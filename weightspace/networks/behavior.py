@@ -49,28 +49,35 @@ class Outputs:
     """What n checkpoints give on Q queries."""
 
     logits: Tensor
-    """[n, Q, C]"""
+    """[n, Q, C]; of networks that represent a signal, its values"""
     labels: Tensor | None = None
-    """[Q] class indices, where the queries have them."""
+    """[Q] class indices, or values [Q, C], where the queries have them."""
+
+    @property
+    def real(self) -> bool:
+        """Whether the outputs are values, not logits of classes."""
+        return self.labels is not None and self.labels.is_floating_point()
 
     @property
     def predictions(self) -> Tensor:
-        """Predicted class [n, Q]."""
-        return self.logits.argmax(-1)
+        """Predicted class [n, Q], or the values [n, Q, C]."""
+        return self.logits if self.real else self.logits.argmax(-1)
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of the logits [n, Q, C]."""
-        return self.logits.softmax(-1)
+        """Softmax of the logits [n, Q, C], or the values."""
+        return self.logits if self.real else self.logits.softmax(-1)
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of the queries whose label is predicted [n]."""
-        return (self.predictions == self._labels()).float().mean(1)
+        """Agreement with the labels [n]: share of the queries whose label is predicted, or 1 - mean squared error."""
+        return agreement(self.predictions, self._labels().expand_as(self.predictions))
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy per checkpoint [n]."""
+        """Mean cross-entropy, or mean squared error, per checkpoint [n]."""
+        if self.real:
+            return 1 - self.accuracy
         classes = self.logits.shape[-1]
         labels = self._labels().expand(len(self.logits), -1)
         losses = F.cross_entropy(self.logits.reshape(-1, classes), labels.reshape(-1), reduction="none")
@@ -80,6 +87,17 @@ class Outputs:
         if self.labels is None:
             raise UserError("these outputs have no labels; pass the labels to outputs(checkpoints, inputs, labels)")
         return self.labels
+
+
+def agreement(predictions: Tensor, others: Tensor) -> Tensor:
+    """How much networks do alike, row by row: [n, Q] or [n, Q, C] twice -> [n].
+
+    Of classes [n, Q] it is the share of queries with the same one. Of values [n, Q, C] it is one minus their mean
+    squared difference; tasks are normalized, so that 0 is as far apart as values of different images, about.
+    """
+    if predictions.is_floating_point():
+        return 1 - (predictions - others).square().flatten(1).mean(1)
+    return (predictions == others).float().mean(1)
 
 
 def runner(architecture: Architecture, device: torch.device | str = "cpu") -> nn.Module:
@@ -242,7 +260,7 @@ def timings(
     now = torch.get_num_threads()
     threads = threads or now
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    most = inputs_at_once(math.prod(image_shape_of(architecture.build())), device)
+    most = inputs_at_once(math.prod(input_shape_of(architecture.build())), device)
     groups = [size for size in GROUPS if size == 1 or (size <= count and size * queries <= most)]
     cache = calibration_file()
     known = _known(cache)
@@ -286,18 +304,18 @@ def calibration_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weightspace" / "calibration.json"
 
 
-def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a base network takes.
+def input_shape_of(network: nn.Module) -> tuple[int, ...]:
+    """(channels, height, width) of the images that a base network takes, or (2,) for coordinates.
 
     Raises:
         UserError: it does not say.
     """
-    if not hasattr(network, "image_shape"):
+    if not hasattr(network, "input_shape"):
         raise UserError(
-            f"the base network {type(network).__name__} does not say what images it takes; give its modules an "
-            "attribute image_shape = (channels, height, width)"
+            f"the base network {type(network).__name__} does not say what it takes; give its modules an attribute "
+            "input_shape = (channels, height, width), or (2,) for coordinates"
         )
-    return cast(tuple[int, int, int], network.image_shape)
+    return cast(tuple[int, ...], network.input_shape)
 
 
 def _call(
@@ -310,7 +328,7 @@ def _call(
     weights = {n: 0.1 * torch.randn(count, *s, generator=generator) for n, s in architecture.shapes.items()}
     weights = {name: weight.to(device).requires_grad_(training) for name, weight in weights.items()}
     batch = [queries] if shared else [count, queries]
-    inputs = torch.randn(*batch, *image_shape_of(network), generator=generator).to(device)
+    inputs = torch.randn(*batch, *input_shape_of(network), generator=generator).to(device)
 
     def call() -> None:
         with torch.set_grad_enabled(training):

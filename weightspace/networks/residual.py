@@ -44,7 +44,7 @@ class ResNet18(nn.Module):
             stages.append(nn.Sequential(first, BasicBlock(outputs, outputs, 1, self.activation)))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(8 * width, classes)
-        self.image_shape = (channels, size, size)
+        self.input_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.activation(self.bn(self.conv(x))))  # [B, 8 * width, size / 8, size / 8]
@@ -90,7 +90,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads, act) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, classes)
-        self.image_shape = (channels, size, size)
+        self.input_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [B, patches, width]
@@ -135,7 +135,7 @@ class MLPMixer(nn.Module):
         self.blocks = nn.Sequential(*(MixerBlock((size // patch) ** 2, width, act) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, classes)
-        self.image_shape = (channels, size, size)
+        self.input_shape = (channels, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)  # [B, patches, width]

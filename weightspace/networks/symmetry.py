@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from weightspace.networks.architectures import NETWORKS, Architecture
-from weightspace.networks.behavior import image_shape_of, logits, runner
+from weightspace.networks.behavior import input_shape_of, logits, runner
 from weightspace.networks.groups import Axis, PermutationGroup
 from weightspace.networks.tracing import UntraceableNetwork, derive_groups
 from weightspace.runs import notice
@@ -32,7 +32,7 @@ def groups_of(architecture: Architecture) -> tuple[PermutationGroup, ...]:
     if key not in _found:
         network = runner(architecture)
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2, *image_shape_of(network), generator=generator)
+        inputs = torch.randn(2, *input_shape_of(network), generator=generator)
         declare = getattr(network, "permutation_groups", None)
         try:
             groups = declare() if declare else derive_groups(architecture.build(), inputs)

@@ -1,4 +1,4 @@
-"""Image tasks: images, labels and their fixed splits, by name.
+"""Tasks: images with labels, or the values of one image at its coordinates, in fixed splits, by name.
 
 Legend: N images, C channels, H, W height and width.
 """
@@ -35,6 +35,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 """What is decoded, whatever a file is called: PIL hands some other formats to foreign programs."""
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 SHAPE = re.compile(r"[13]x[1-9]\d*x[1-9]\d*")
+PIXELS = re.compile(r"pixels:(\d+):(.+)")
 TIMEOUT = 5.0
 """Seconds after which the hub counts as out of reach."""
 
@@ -46,12 +47,12 @@ Labeled = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images of one split."""
+    """Images of one split, or coordinates within one image."""
 
     images: Tensor
-    """[N, channels, height, width], float32, normalized."""
+    """[N, channels, height, width], float32, normalized; or coordinates [N, 2], -1 to 1."""
     labels: Tensor
-    """[N], int64 class indices."""
+    """[N], int64 class indices; or the image's values there [N, channels], float32, normalized."""
 
     def to(self, device: torch.device | str) -> ImageSplit:
         """The same split on another device."""
@@ -60,10 +61,11 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A classification task with fixed train, val and test splits."""
+    """A task with fixed train, val and test splits: to classify images, or to represent one by its coordinates."""
 
     name: str
     classes: int
+    """outputs of a network: classes, or the channels of an image that is represented"""
     train: ImageSplit
     val: ImageSplit
     test: ImageSplit
@@ -71,10 +73,14 @@ class ImageTask:
     """one per class, where the files tell them"""
 
     @property
-    def image_shape(self) -> Shape:
-        """(channels, height, width) of one image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one image, or (2,) for coordinates."""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def real(self) -> bool:
+        """Whether outputs are values, compared by their error, not classes."""
+        return self.train.labels.is_floating_point()
 
     def split(self, name: str) -> ImageSplit:
         """The split called `name`.
@@ -172,6 +178,7 @@ def load_task(name: str) -> ImageTask:
             - `folder:FOLDER`, one's own images, all of one size, with splits 'train', 'test' and, if there is one,
               'val' (else 10 % of 'train').
             - any of these and `@CxHxW`, resized to that shape: "street@1x8x8", "mnist@3x32x32".
+            - `pixels:N:TASK`, training image N of any of these as a function of its coordinates: "pixels:3:digits".
 
             A folder holds, at any depth, Parquet files with a column of images and one of labels, or else image files
             as SPLIT/CLASS/FILE. The names of Parquet files start with the split. 'valid' and 'validation' mean 'val'.
@@ -180,6 +187,8 @@ def load_task(name: str) -> ImageTask:
         UserError: no such task; a package that is not installed; neither network nor files; files that are missing,
             corrupt or of differing sizes; labels out of range; classes without training images.
     """
+    if found := PIXELS.fullmatch(name):
+        return _pixels(name, int(found[1]), load_task(found[2]))
     base, _, ending = name.rpartition("@")
     shape: Shape | None = None
     if SHAPE.fullmatch(ending):
@@ -203,7 +212,8 @@ def load_task(name: str) -> ImageTask:
         known = ", ".join([*OFFLINE, *SOURCES])
         raise UserError(
             f"{hint}unknown task {name!r}; the tasks are {known}; from files, NAME:FOLDER for one of the latter or "
-            "folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8"
+            "folder:FOLDER for your own images; @CxHxW resizes (1 or 3 channels), as in street@1x8x8; "
+            "pixels:N:TASK is image N of a task by its coordinates"
         )
     images = pixels.splits["train"][0]
     mean, std = IMAGENET if pixels.imagenet and images.shape[1] == 3 else _moments(images)
@@ -211,6 +221,25 @@ def load_task(name: str) -> ImageTask:
     return ImageTask(
         name, pixels.classes, splits["train"], splits["val"], splits["test"], class_names=pixels.class_names
     )
+
+
+def _pixels(name: str, number: int, task: ImageTask) -> ImageTask:
+    """The values of one training image at its coordinates; 'val' and 'test' lie between its pixels.
+
+    They are the pixels of the image resized to one and a half and twice its height and width.
+    """
+    if task.real:
+        raise UserError(f"{name!r}: {task.name!r} has no images but the values of one; name a task of images")
+    if number >= len(task.train.images):
+        raise UserError(f"{name!r}: {task.name!r} has training images 0 to {len(task.train.images) - 1}")
+    image = task.train.images[number : number + 1]
+    channels, height, width = image.shape[1:]
+    splits = {}
+    for split, scale in {"train": 1.0, "val": 1.5, "test": 2.0}.items():
+        larger = resized(image, (channels, round(scale * height), round(scale * width)))[0]
+        along = [(torch.arange(size) + 0.5) * 2 / size - 1 for size in larger.shape[1:]]
+        splits[split] = ImageSplit(torch.cartesian_prod(*along), larger.flatten(1).T.contiguous())
+    return ImageTask(name, channels, **splits)
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,9 +276,12 @@ def pictures(task: ImageTask, per_class: int) -> Tensor:
     """The first training images of every class, to be looked at [classes, per_class, C, H, W], 0 to 1.
 
     The range of each channel becomes 0 to 1, which undoes the normalization where the images use their whole range.
-    Classes with fewer training images start over.
+    Classes with fewer training images start over. An image that is represented is shown alone [1, 1, C, H, W].
     """
     images, labels = task.train.images, task.train.labels
+    if task.real:
+        shown = labels.T.unflatten(1, [len(along.unique()) for along in images.T])[None, None]  # [1, 1, C, H, W]
+        return (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-6)
     low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
     rows = [torch.nonzero(labels == label).flatten() for label in range(task.classes)]
     chosen = torch.stack([own[torch.arange(per_class) % len(own)] for own in rows])  # [classes, per_class]

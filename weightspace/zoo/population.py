@@ -135,7 +135,8 @@ def train(
     Args:
         architecture: their base network.
         weights: where they start {name: [n, *shape]}.
-        task: its training images are used, on the device where they lie.
+        task: its training images are used, on the device where they lie; the loss is the cross-entropy, or the
+            squared error of values.
         recipe: learning rates, weight decays, data orders, optimizer.
         epochs: passes over the training images.
         group: members per vectorized step (1: one after another).
@@ -160,7 +161,7 @@ def train(
     for epoch in range(1, epochs + 1):
         orders = {order: data_order(order, epoch, count) for order in set(recipe.orders)}
         order = torch.stack([orders[seed] for seed in recipe.orders]).to(device)  # [n, N]
-        classes = labels[order]  # [n, N]
+        classes = labels[order]  # [n, N], or values [n, N, C]
         if recipe.backdoors is not None:
             bears = poisoned.gather(1, order)
             classes = torch.where(bears, target[:, None], classes)
@@ -171,11 +172,14 @@ def train(
             torch.manual_seed(derive_seed(*recipe.orders, "dropout", epoch))
             for start in range(0, count, recipe.batch_size):
                 batch = order[:, start : start + recipe.batch_size]  # [n, B]
-                wanted = classes[:, start : start + recipe.batch_size].flatten()
+                wanted = classes[:, start : start + recipe.batch_size].flatten(0, 1)
                 flat.requires_grad_()
                 state = {**unflatten(trained, flat), **buffers}
                 logits = behavior.logits(network, state, images[batch], group, shared=False)
-                losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / batch.shape[1]
+                if task.real:
+                    losses = F.mse_loss(logits.flatten(0, 1), wanted, reduction="sum") / (batch.shape[1] * task.classes)
+                else:
+                    losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum") / batch.shape[1]
                 (gradient,) = torch.autograd.grad(losses, flat)  # [n, P]
                 flat = flat.detach()
                 update.step(flat, gradient)
@@ -297,23 +301,31 @@ def architecture_of(config: ZooConfig, task: ImageTask) -> Architecture:
     Raises:
         UserError: the network takes images of another size.
     """
-    channels, height, width = task.image_shape
-    known: dict[str, Any] = {"channels": channels, "classes": task.classes, "activation": config.activation}
+    known: dict[str, Any] = {"activation": config.activation}
     if config.dropout:
         known["dropout"] = config.dropout
-    if height == width:
-        known["size"] = height
+    if task.real:
+        known |= {"inputs": task.input_shape[0], "outputs": task.classes}
+    else:
+        channels, height, width = task.input_shape
+        known |= {"channels": channels, "classes": task.classes} | ({"size": height} if height == width else {})
     takes = Architecture(config.network).takes
     arguments = {name: value for name, value in known.items() if takes is None or name in takes}
     if config.dropout and "dropout" not in arguments:
         raise UserError(f"zoo.dropout={config.dropout}: {config.network} has no dropout; choose another zoo.network")
     architecture = Architecture(config.network, arguments | arguments_of(config.arguments))
-    expected = behavior.image_shape_of(architecture.build())
-    if expected != task.image_shape:
+    expected = behavior.input_shape_of(architecture.build())
+    if len(expected) != len(task.input_shape):
+        kind, other = ("coordinates", "pixels:0:digits") if len(expected) == 1 else ("images", "digits")
+        raise UserError(
+            f"{config.network} takes {kind}, which {task.name!r} does not have; choose another zoo.network, or another "
+            f"task, such as {other}"
+        )
+    if expected != task.input_shape:
         fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, expected))}"
         raise UserError(
             f"{config.network} takes images of shape {expected}, but the images of {task.name!r} have "
-            f"{(channels, height, width)}; choose another zoo.network, or resize them with zoo.tasks={fitting}"
+            f"{task.input_shape}; choose another zoo.network, or resize them with zoo.tasks={fitting}"
         )
     return architecture
 
@@ -381,11 +393,13 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
     tasks = {name: load_task(name).to(device) for name in config.tasks}
     task = next(iter(tasks.values()))
     architecture = architecture_of(config, task)
+    if config.backdoor_share and task.real:
+        raise UserError(f"zoo.backdoor_share={config.backdoor_share}: {task.name!r} has no classes to mistake")
     for other in tasks.values():
         if architecture_of(config, other) != architecture:
             raise UserError(
-                f"the tasks of one zoo need the same image shape and number of classes: {task.name!r} has "
-                f"{task.image_shape} and {task.classes}, {other.name!r} has {other.image_shape} and {other.classes}"
+                f"the tasks of one zoo need the same shape of inputs and number of classes: {task.name!r} has "
+                f"{task.input_shape} and {task.classes}, {other.name!r} has {other.input_shape} and {other.classes}"
             )
     for init in config.inits:
         check_init(init)

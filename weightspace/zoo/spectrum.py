@@ -172,7 +172,7 @@ def spectrum_study(
                     count=count,
                     share=float(spectrum.share[chosen].sum()),
                     test_acc=outputs.accuracy.double().cpu().numpy(),
-                    agreement=(outputs.predictions == whole).double().mean(1).cpu().numpy(),
+                    agreement=behavior.agreement(outputs.predictions, whole).double().cpu().numpy(),
                 )
             )
     return pd.concat(frames, ignore_index=True)
