@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from weightspace.cli import main
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.behavior import outputs
 from weightspace.networks.checkpoints import Checkpoints
-from weightspace.networks.symmetry import groups_of, permute, random_permutations
+from weightspace.networks.symmetry import align_features, features, groups_of, permute, random_permutations
 from weightspace.runs import UserError
 from weightspace.tasks.images import load_task
 from weightspace.zoo.aligning import POINTS, align_zoo, barrier
@@ -37,9 +38,10 @@ def copies(tmp_path: Path, population: Checkpoints) -> ModelZoo:
     return zoo_of(tmp_path / "copies", Checkpoints(population.architecture, moved, population.frame))
 
 
+@pytest.mark.parametrize("by", ["weights", "activations"])
 @pytest.mark.parametrize("to", ["mean", "2"])
-def test_copies_become_equal(copies: ModelZoo, tmp_path: Path, to: str) -> None:
-    found = align_zoo(copies, tmp_path / "aligned", to, 0, CPU)
+def test_copies_become_equal(copies: ModelZoo, tmp_path: Path, to: str, by: str) -> None:
+    found = align_zoo(copies, tmp_path / "aligned", to, 0, CPU, by)
     assert found["distance before"] > 1 and found["distance after"] < 1e-4
     assert found["largest barrier after"] < 1e-4 and found["pairs"] == 2
     aligned = ModelZoo.open(tmp_path / "aligned")
@@ -49,7 +51,44 @@ def test_copies_become_equal(copies: ModelZoo, tmp_path: Path, to: str) -> None:
     images = load_task("digits").test.images[:16]
     before, after = (outputs(zoo.read(zoo.frame), images).logits for zoo in (copies, aligned))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    assert align_zoo(copies, tmp_path / "aligned", to, 0, CPU) == found  # already done
+    assert align_zoo(copies, tmp_path / "aligned", to, 0, CPU, by) == found  # already done
+
+
+RESIDUAL = [
+    Architecture("ResNet18", {"channels": 1, "size": 8, "width": 4}),
+    Architecture("ViT", {"channels": 1, "size": 8, "width": 8, "depth": 1, "heads": 2}),
+]
+
+
+@pytest.mark.parametrize("architecture", RESIDUAL, ids=lambda each: each.name)
+def test_residual_streams_and_heads_by_activations(
+    architecture: Architecture, make_checkpoints: Callable[..., Checkpoints], tmp_path: Path
+) -> None:
+    """Copies of one network, nearly: heads of attention, which no layer shows, follow by their weights."""
+    one, groups = make_checkpoints(architecture, 6), groups_of(architecture)
+    same = {name: weight[:1].expand(6, *weight.shape[1:]) * (1 + 1e-3) for name, weight in one.weights.items()}
+    moved = permute(same, groups, random_permutations(groups, 6, torch.Generator().manual_seed(0)))
+    zoo = zoo_of(tmp_path / "copies", Checkpoints(architecture, moved, one.frame))
+    found = align_zoo(zoo, tmp_path / "aligned", "1", 0, CPU, "activations")
+    assert found["distance before"] > 1 and found["distance after"] < 1e-3
+
+
+def test_units_by_hand(population: Checkpoints) -> None:
+    """What a unit puts out is what a hook on an ordinary module sees; matching pairs the most alike units."""
+    groups, images = groups_of(population.architecture), load_task("digits").val.images[:6]
+    found = features(population.architecture, population.weights, images, groups)
+    kept = {}
+    network = population.network(3)
+    network.get_submodule("conv2").register_forward_hook(lambda m, i, output: kept.update(conv2=output.detach()))
+    network(images)
+    channels = kept["conv2"].transpose(0, 1).flatten(1)  # [16, 6 * 4 * 4]
+    conv2 = next(i for i, group in enumerate(groups) if group.size == 16)
+    torch.testing.assert_close(found[conv2][3], channels - channels.mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
+    own, reference = found[conv2][3:4], found[conv2][:1]
+    (order,) = align_features([own], [reference])
+    score = own[0].double() @ reference[0].T.double()
+    best = max(sum(score[p, i] for i, p in enumerate(some)) for some in (torch.randperm(16) for _ in range(2000)))
+    assert sum(score[p, i] for i, p in enumerate(order[0])) >= best
 
 
 def test_barriers_by_hand(population: Checkpoints) -> None:
@@ -71,6 +110,8 @@ def test_barriers_by_hand(population: Checkpoints) -> None:
 
 
 def test_what_cannot_be_aligned(copies: ModelZoo, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="aligned by weights or activations, not by 'taste'"):
+        align_zoo(copies, tmp_path / "aligned", "mean", 0, CPU, "taste")
     with pytest.raises(UserError, match="there is no member '77'; align to 'mean' or to a member's number"):
         align_zoo(copies, tmp_path / "aligned", "77", 0, CPU)
     assert not (tmp_path / "aligned").exists()

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weightspace as ws
@@ -26,6 +27,7 @@ from weightspace.runs import UserError
 from weightspace.tasks.images import ImageTask
 from weightspace.tokens.normalize import standardize
 from weightspace.tokens.tokenizer import Tokenizer
+from weightspace.zoo.exporting import export_zoo
 from weightspace.zoo.importing import import_zoo
 from weightspace.zoo.population import Recipe, train, train_population
 
@@ -127,9 +129,18 @@ def test_tied_weights_are_read_once(everything: Architecture, tmp_path: Path) ->
     network = Everything()
     torch.save({"model": network.state_dict()}, tmp_path / "net.pt")
     (zoo,) = import_zoo(str(tmp_path), tmp_path / "zoo", ImportConfig(network="Everything"))
-    again = zoo.read(zoo.frame).network(0).state_dict()
-    for name, value in network.state_dict().items():
-        assert torch.equal(again[name], value), name
+    export_zoo(zoo, tmp_path / "files", "directory")
+    export_zoo(zoo, tmp_path / "tune", "ray-tune")
+    (file,), (checkpoint,) = (tmp_path / "files").glob("*.safetensors"), (tmp_path / "tune").glob("*/*/checkpoints")
+    for again in (
+        zoo.read(zoo.frame).network(0).state_dict(),
+        load_file(file),
+        torch.load(checkpoint, weights_only=True),
+    ):
+        other = Everything()
+        other.load_state_dict(again)  # strictly: whoever reads an export needs no package
+        for name, value in network.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_statistics_are_normalized_apart(everything: Architecture) -> None:

@@ -145,7 +145,6 @@ def test_from_the_zoo_to_new_networks(zoo: ModelZoo, tmp_path: Path) -> None:
     own = found[(found["representation"] == "rep") & (found["split"] == "test")].set_index("metric")["mean"]
     undefined = {"agreement on errors", "KL", "JS"}
     assert set(own.index[own.isna()]) == undefined
-    assert own["structural R2"] > 0
     made = pd.DataFrame(read_json(tmp_path / "generate" / "records.json"))
     assert set(made["split"]) == {"test pixels:0:digits", "test pixels:1:digits"}
     assert made.loc[made["metric"] == "mean accuracy", "mean"].notna().all()

@@ -170,6 +170,8 @@ class ZooAlign:
     """folder of the aligned zoo"""
     to: str = "mean"
     """what the networks are aligned to: mean, or the number of a member"""
+    by: Literal["weights", "activations"] = "weights"
+    """what lies closest: the units' weights, or what they put out on validation images"""
     seed: int = 0
     """seed of the pairs of members between which the barrier is measured"""
     device: Device = "auto"
@@ -179,7 +181,8 @@ class ZooAlign:
         from weightspace.zoo.aligning import align_zoo
         from weightspace.zoo.model_zoo import ModelZoo
 
-        found = align_zoo(ModelZoo.open(self.zoo), self.out, self.to, self.seed, choose_device(self.device))
+        device = choose_device(self.device)
+        found = align_zoo(ModelZoo.open(self.zoo), self.out, self.to, self.seed, device, self.by)
         for name in ("distance", "mean barrier", "largest barrier"):
             print(f"{name:<16}{found[f'{name} before']:10.4f} -> {found[f'{name} after']:.4f}")
         print(f"over {found['pairs']} pairs of members at their last epoch, barriers in validation loss: {self.out}")

@@ -311,6 +311,11 @@ class Architecture:
         """Which of `shapes` are not trained: running statistics, constants and frozen parameters."""
         return tuple(name for name in self.shapes if not self._state[name].requires_grad)
 
+    @cached_property
+    def counters(self) -> dict[str, Tensor]:
+        """Everything else in the state_dict, as a fresh network has it: numbers of batches seen, tables of indices."""
+        return {name: value for name, value in self.build().state_dict().items() if not value.is_floating_point()}
+
     @property
     def parameter_count(self) -> int:
         """Number of weights of one checkpoint."""

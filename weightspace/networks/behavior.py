@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -170,6 +170,39 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@torch.no_grad()
+def activations(
+    network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """What some layers of n checkpoints put out on the same inputs: {layer: [n, Q, ...]}.
+
+    Layers that the network does not call as modules, as the projections within attention, are absent.
+
+    Args:
+        network: any instance of the base network (`runner`).
+        weights: {name: [n, *shape]}.
+        inputs: [Q, ...].
+        layers: names of modules that give one tensor.
+    """
+
+    def run(own: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str, module: nn.Module, given: object, output: Tensor) -> None:
+            kept[name] = output
+
+        hooks = [network.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
+        try:
+            functional_call(network, own, (inputs,))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kept
+
+    with _plain_attention():
+        return vmap(run, randomness="different")(weights)
 
 
 def _channels_last(inputs: Tensor) -> Tensor:

@@ -61,11 +61,17 @@ class Checkpoints:
     def network(self, row: int) -> nn.Module:
         """Checkpoint `row` as an ordinary module in evaluation mode, independent of this record."""
         network = self.architecture.build()
-        state = {name: weight[row].detach().cpu() for name, weight in self.weights.items()}
-        state |= {name: state[other] for name, other in self.architecture.tied.items()}
-        counters = {name: value for name, value in network.state_dict().items() if not value.is_floating_point()}
-        network.load_state_dict(counters | state)
+        network.load_state_dict(self.state(row))
         return network
+
+    def state(self, row: int) -> dict[str, Tensor]:
+        """Checkpoint `row` as the state_dict of an ordinary module, on the CPU, in memory of its own.
+
+        Tied weights stand under each of their names; counters are those of a fresh network.
+        """
+        state = {name: weight[row].detach().cpu().clone() for name, weight in self.weights.items()}
+        tied = {name: state[other].clone() for name, other in self.architecture.tied.items()}
+        return {**state, **tied, **{name: value.clone() for name, value in self.architecture.counters.items()}}
 
     def flat(self) -> Tensor:
         """Each checkpoint as one vector [n, P], parameters in the order of the state_dict."""

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from weightspace.networks.architectures import NETWORKS, Architecture
-from weightspace.networks.behavior import input_shape_of, logits, runner
+from weightspace.networks.behavior import activations, input_shape_of, logits, runner
 from weightspace.networks.groups import Axis, PermutationGroup
 from weightspace.networks.tracing import UntraceableNetwork, derive_groups
 from weightspace.runs import notice
@@ -136,6 +136,65 @@ def align(
     return aligned
 
 
+CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
+"""Layers whose units stand behind the batch in their output."""
+UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+"""Layers whose units stand last."""
+
+
+def shown_by(architecture: Architecture, group: PermutationGroup) -> dict[str, Axis]:
+    """The layers whose outputs are the units of a group, and the axis of each.
+
+    None for heads of attention, which act within a layer.
+    """
+    network = architecture.build()
+    found = {}
+    for axis in group.axes:
+        layer, _, kind = axis.parameter.rpartition(".")
+        module, vector = network.get_submodule(layer), len(architecture.shapes[axis.parameter]) == 1
+        several = isinstance(module, nn.LayerNorm | nn.RMSNorm) and not vector  # its first axis is not its last
+        if kind == "weight" and axis.dim == 0 and isinstance(module, CHANNELS_FIRST + UNITS_LAST) and not several:
+            found[layer] = axis
+    return found
+
+
+def features(
+    architecture: Architecture, weights: dict[str, Tensor], inputs: Tensor, groups: Sequence[PermutationGroup]
+) -> list[Tensor]:
+    """What the units of every group put out on some inputs, per group [n, size, F]; F is 0 where no layer shows them.
+
+    Each value is centered over inputs and positions, as for a covariance.
+    """
+    network = runner(architecture, inputs.device)
+    shown = [shown_by(architecture, group) for group in groups]
+    out = activations(network, weights, inputs, sorted({layer for layers in shown for layer in layers}))
+    found = []
+    for group, layers in zip(groups, shown, strict=True):
+        parts = [next(iter(weights.values())).new_empty(len(next(iter(weights.values()))), group.size, 0)]
+        for layer, axis in ((layer, axis) for layer, axis in layers.items() if layer in out):
+            place = 2 if isinstance(network.get_submodule(layer), CHANNELS_FIRST) else -1
+            units = _units(out[layer].movedim(place, 1).flatten(2), axis)  # [n, size, F]
+            parts.append(units - units.mean(2, keepdim=True))
+        found.append(torch.cat(parts, 2))
+    return found
+
+
+def align_features(features: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:
+    """The permutations that bring the units' outputs closest to those of a reference (L2), per group [n, size].
+
+    Activation matching (Ainsworth et al. 2023, arXiv 2209.04836, section 3.1): as the outputs of a layer's units do not
+    depend on the order of the units before, one assignment problem per group is all.
+
+    Args:
+        features: of `features`, per group [n, size, F].
+        reference: the same of one network or of a mean, per group [1, size, F].
+    """
+    return [
+        torch.from_numpy(_assigned((theirs @ own.transpose(1, 2)).double().cpu().numpy()))
+        for own, theirs in zip(features, reference, strict=True)
+    ]
+
+
 def _assigned(similarity: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The best one-to-one assignment per checkpoint [n, size] of similarities [n, reference unit, unit].
 
@@ -150,10 +209,11 @@ def _assigned(similarity: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _unit_similarity(weights: dict[str, Tensor], reference: dict[str, Tensor], axis: Axis) -> Tensor:
     """Inner products of the units along one axis: [n, reference unit, unit]."""
+    own, theirs = (each[axis.parameter].movedim(axis.dim + 1, 1) for each in (weights, reference))
+    return _units(theirs, axis) @ _units(own, axis).transpose(1, 2)
 
-    def units(weight: Tensor) -> Tensor:
-        moved = weight.movedim(axis.dim + 1, 1)  # [n, blocks * size * repeat, ...]
-        size = moved.shape[1] // axis.repeat // axis.blocks
-        return moved.reshape(len(moved), axis.blocks, size, -1).transpose(1, 2).flatten(2)  # [n, size, features]
 
-    return units(reference[axis.parameter]) @ units(weights[axis.parameter]).transpose(1, 2)
+def _units(x: Tensor, axis: Axis) -> Tensor:
+    """What belongs to each unit along an axis: [n, blocks * size * repeat, ...] -> [n, size, features]."""
+    size = x.shape[1] // axis.repeat // axis.blocks
+    return x.reshape(len(x), axis.blocks, size, -1).transpose(1, 2).flatten(2)

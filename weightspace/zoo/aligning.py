@@ -6,6 +6,7 @@ Legend: n checkpoints, k points on the line between two networks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.networks.groups import PermutationGroup
-from weightspace.networks.symmetry import align, groups_of
+from weightspace.networks.symmetry import align, align_features, features, groups_of, permute
 from weightspace.runs import UserError, derive_seed, progress, read_json, write_json
 from weightspace.tasks.images import ImageSplit, load_task
 from weightspace.zoo.model_zoo import ModelZoo, ZooWriter, usable
@@ -29,16 +30,34 @@ ROWS = 256
 """Checkpoints that are aligned at a time, and most that a mean is taken of."""
 ROUNDS = 10
 """Most repetitions of aligning to the mean and taking it again."""
+IMAGES = 64
+"""Images on which units are compared by what they put out, about."""
+AT_ONCE = 16
+"""Checkpoints whose units' outputs are held at a time."""
+WAYS = ("weights", "activations")
+"""By what networks are aligned."""
 PAIRS = 32
 """Most pairs of members between which the barrier is measured."""
 POINTS = 11
 """Networks on the line between two, ends included."""
 
 
-def align_zoo(zoo: ModelZoo, folder: Path, to: str, seed: int, device: torch.device) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reference:
+    """What networks are aligned to."""
+
+    weights: dict[str, Tensor]
+    """{name: [1, *shape]}"""
+    outputs: list[Tensor] | None = None
+    """what its units put out, per group [1, size, F] (`networks.symmetry.features`); None: aligned by weights"""
+
+
+def align_zoo(
+    zoo: ModelZoo, folder: Path, to: str, seed: int, device: torch.device, by: str = "weights"
+) -> dict[str, Any]:
     """Write the zoo with every checkpoint's units reordered to lie closest to a common reference.
 
-    The functions of the networks stay the same. Weight matching, see `networks.symmetry.align`.
+    The functions of the networks stay the same.
 
     Args:
         zoo: the zoo.
@@ -47,6 +66,8 @@ def align_zoo(zoo: ModelZoo, folder: Path, to: str, seed: int, device: torch.dev
             member, at its last epoch.
         seed: of the pairs of members that are compared.
         device: where networks are run.
+        by: what lies closest: "weights" (`networks.symmetry.align`), or "activations", what units put out on validation
+            images (`networks.symmetry.align_features`).
 
     Returns:
         Mean distance (L2) of pairs of members at the last epoch, and mean and largest loss barrier between them on
@@ -58,18 +79,20 @@ def align_zoo(zoo: ModelZoo, folder: Path, to: str, seed: int, device: torch.dev
     groups = groups_of(zoo.architecture)
     if not groups:
         raise UserError(f"{zoo.architecture} has no units that can be reordered, so there is nothing to align")
-    with runs.stage(folder, "aligned zoo", {"zoo": zoo.fingerprint, "to": to, "seed": seed}) as todo:
+    if by not in WAYS:
+        raise UserError(f"networks are aligned by {' or '.join(WAYS)}, not by {by!r}")
+    with runs.stage(folder, "aligned zoo", {"zoo": zoo.fingerprint, "to": to, "by": by, "seed": seed}) as todo:
         if todo:
-            reference = _reference(zoo, to, groups)
-            writer = ZooWriter(folder, zoo.architecture, {"zoo": zoo.fingerprint, "aligned to": to})
+            images = _images(zoo, device) if by == "activations" else None
+            reference = _reference(zoo, to, groups, images)
+            writer = ZooWriter(folder, zoo.architecture, {"zoo": zoo.fingerprint, "aligned to": to, "by": by})
             starts = range(0, len(zoo), ROWS)
             with progress("align: checkpoints", len(zoo)) as advance:
                 for shard, start in enumerate(starts):
                     if not writer.has(shard):
                         part = zoo.read(zoo.frame.iloc[start : start + ROWS])
-                        writer.write(
-                            shard, Checkpoints(part.architecture, align(part.weights, reference, groups), part.frame)
-                        )
+                        weights = _aligned(part, reference, groups, images).weights
+                        writer.write(shard, Checkpoints(part.architecture, weights, part.frame))
                     advance(min(ROWS, len(zoo) - start))
             aligned = writer.finish(range(len(starts)))
             write_json(folder / ALIGNMENT_FILE, _compared(zoo, aligned, seed, device))
@@ -81,22 +104,59 @@ def _last(zoo: ModelZoo) -> pd.DataFrame:
     return zoo.frame.loc[zoo.frame.groupby("member")["epoch"].idxmax()]
 
 
-def _reference(zoo: ModelZoo, to: str, groups: Sequence[PermutationGroup]) -> dict[str, Tensor]:
+def _images(zoo: ModelZoo, device: torch.device) -> Tensor:
+    """Validation images of every task of the zoo [IMAGES, ...], about."""
+    each = [load_task(name).val.images for name in zoo.tasks]
+    return torch.cat([images[: max(IMAGES // len(each), 1)] for images in each]).to(device)
+
+
+def _aligned(
+    checkpoints: Checkpoints, reference: Reference, groups: Sequence[PermutationGroup], images: Tensor | None
+) -> Reference:
+    """The weights of checkpoints in the order of a reference {name: [n, *shape]}, and the mean of their outputs."""
+    if reference.outputs is None or images is None:
+        return Reference(align(checkpoints.weights, reference.weights, groups))
+    architecture, parts = checkpoints.architecture, []
+    hidden = [group for group, output in zip(groups, reference.outputs, strict=True) if not output.shape[2]]
+    sums = [torch.zeros_like(output) for output in reference.outputs]
+    for start in range(0, len(checkpoints), AT_ONCE):
+        some = {name: weight[start : start + AT_ONCE].to(images.device) for name, weight in checkpoints.weights.items()}
+        outputs = features(architecture, some, images, groups)
+        orders = [order.to(images.device) for order in align_features(outputs, reference.outputs)]
+        sums = [
+            total + output.take_along_dim(order[..., None], 1).sum(0, keepdim=True)
+            for total, output, order in zip(sums, outputs, orders, strict=True)
+        ]
+        moved = {name: weight.cpu() for name, weight in permute(some, groups, orders).items()}
+        parts.append(align(moved, reference.weights, hidden) if hidden else moved)
+    weights = {name: torch.cat([part[name] for part in parts]) for name in checkpoints.weights}
+    return Reference(weights, [total / len(checkpoints) for total in sums])
+
+
+def _reference(zoo: ModelZoo, to: str, groups: Sequence[PermutationGroup], images: Tensor | None) -> Reference:
     last = _last(zoo)
+
+    def of(one: dict[str, Tensor]) -> Reference:
+        if images is None:
+            return Reference(one)
+        moved = {name: weight.to(images.device) for name, weight in one.items()}
+        return Reference(one, features(zoo.architecture, moved, images, groups))
+
     if to != "mean":
         chosen = last[last["member"].astype(str) == to]
         if chosen.empty:
             raise UserError(f"there is no member {to!r}; align to 'mean' or to a member's number")
-        return zoo.read(chosen).weights
+        return of(zoo.read(chosen).weights)
     some = zoo.read(last[last["split"] == "train"].head(ROWS) if "train" in set(last["split"]) else last.head(ROWS))
     some = some.rows(usable(some))
     if not len(some):
         raise UserError(f"{zoo.folder} has no training members with finite weights of which a mean could be taken")
-    reference, before = {name: weight[:1] for name, weight in some.weights.items()}, float("inf")
+    reference, before = of({name: weight[:1] for name, weight in some.weights.items()}), float("inf")
     for _ in range(ROUNDS):
-        weights = align(some.weights, reference, groups)
-        reference = {name: weight.mean(0, keepdim=True) for name, weight in weights.items()}
-        distance = sum(float((weight - reference[name]).square().sum()) for name, weight in weights.items())
+        found = _aligned(some, reference, groups, images)
+        mean = {name: weight.mean(0, keepdim=True) for name, weight in found.weights.items()}
+        reference = Reference(mean, found.outputs)
+        distance = sum(float((weight - mean[name]).square().sum()) for name, weight in found.weights.items())
         if distance > 0.999 * before:
             break
         before = distance

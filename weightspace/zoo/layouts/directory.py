@@ -135,7 +135,7 @@ def write(folder: Path, checkpoints: Checkpoints) -> pd.DataFrame:
     frame = checkpoints.frame
     files = [f"member-{m:05d}_epoch-{e:04d}.safetensors" for m, e in zip(frame["member"], frame["epoch"], strict=True)]
     for row, file in enumerate(files):
-        write_tensors(folder / file, {name: weight[row] for name, weight in checkpoints.weights.items()})
+        write_tensors(folder / file, checkpoints.state(row))
     table = frame.copy()
     table.insert(0, "file", files)
     arguments = json.dumps(checkpoints.architecture.arguments, sort_keys=True)

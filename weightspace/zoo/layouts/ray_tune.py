@@ -158,7 +158,7 @@ def write(folder: Path, member: int, checkpoints: Checkpoints) -> None:
     lines = [{"training_iteration": epoch, **rows.get(epoch, {})} for epoch in range(max(rows) + 1)]
     for row, epoch in enumerate(frame["epoch"]):
         content = io.BytesIO()  # torch's own writer of files does not say that the disk is full
-        torch.save({keys[name]: weight[row].clone() for name, weight in checkpoints.weights.items()}, content)
+        torch.save({keys.get(name, name): value for name, value in checkpoints.state(row).items()}, content)
         with atomic(trial / f"checkpoint_{epoch:06d}" / "checkpoints") as path:
             path.write_bytes(content.getbuffer())
     write_text(trial / RESULT_FILE, "".join(json.dumps(line) + "\n" for line in lines))
