@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 
+from weightspace.config import ZooConfig
 from weightspace.networks import behavior
 from weightspace.networks.activations import ACTIVATIONS
 from weightspace.networks.architectures import (
@@ -31,6 +33,8 @@ from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, 
 from weightspace.networks.groups import PermutationGroup
 from weightspace.networks.symmetry import align, groups_of, permute, random_permutations
 from weightspace.runs import UserError
+from weightspace.tasks.images import load_task
+from weightspace.zoo.population import plan
 
 Maker = Callable[..., Checkpoints]
 
@@ -412,3 +416,135 @@ def test_concatenate_is_the_inverse_of_rows(population: Checkpoints) -> None:
     again = concatenate([population.rows(slice(0, 3)), population.rows(slice(3, 8))])
     assert torch.equal(again.flat(), population.flat())
     pd.testing.assert_frame_equal(again.frame, population.frame)
+
+
+# networks of others
+
+
+class Plain(nn.Module):
+    """What the following vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 6), nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(6))
+        self.input_shape = (1, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x.flatten(1))))
+
+
+class Branching(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        return self.last(hidden if hidden.sum() > 0 else -hidden)
+
+
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.GRU(4, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x[:, 0])[0][:, -1])
+
+
+class Random(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.dropout(self.first(x.flatten(1)), 0.5, training=self.training))
+
+
+class AlwaysRandom(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.dropout(self.first(x.flatten(1)), 0.5))
+
+
+class Counting(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += self.first(x.flatten(1)).mean(0)
+        return super().forward(x)
+
+
+class Leaving(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(super().forward(x).detach().numpy())
+
+
+class Partly(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.flatten(1)).detach())
+
+
+class Unfit(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+class Several(Plain):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[nn.Module]], Architecture]:
+    def registered(kind: type[nn.Module]) -> Architecture:
+        monkeypatch.setitem(NETWORKS, f"{kind.__name__}Net", kind)
+        return Architecture(f"{kind.__name__}Net")
+
+    return registered
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Branching, "data-dependent control flow"), (Recurrent, "Batching rule not implemented")]
+)
+def test_what_cannot_be_vectorized_runs_one_after_another(
+    theirs: Callable[..., Architecture], kind: type[nn.Module], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture = theirs(kind)
+    assert not behavior.vectorized(architecture)
+    assert f"run one after another, not vectorized ({reason}" in capsys.readouterr().err.replace(
+        "vmap: It looks like you're attempting to use a Tensor in some ", ""
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(4, *shape, generator=generator) for name, shape in architecture.shapes.items()}
+    checkpoints = Checkpoints(architecture, weights, pd.DataFrame({"member": range(4)}))
+    x = images(architecture, 5)
+    torch.testing.assert_close(outputs(checkpoints, x).logits, by_hand(checkpoints, x))
+    kept: list[Tensor] = []
+    network = checkpoints.network(2)
+    network.get_submodule("last").register_forward_hook(lambda module, given, output: kept.append(output.detach()))
+    network(x)
+    seen = behavior.activations(architecture.build(), weights, x, ["last"], together=False)
+    torch.testing.assert_close(seen["last"][2], kept[0])
+
+
+@pytest.mark.parametrize("kind", [Plain, Random])
+def test_random_layers_of_training_are_vectorized(theirs: Callable[..., Architecture], kind: type[nn.Module]) -> None:
+    assert behavior.vectorized(theirs(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (AlwaysRandom, "draws at random when it is called in evaluation mode"),
+        (Counting, "changes seen when it is called in evaluation mode"),
+        (Leaving, "no gradient reaches the weights of LeavingNet"),
+        (Unfit, r"cannot be called with inputs \[3, 1, 4, 4\]: mat1 and mat2 shapes cannot be multiplied"),
+        (Several, r"gives a tuple for inputs \[3, 1, 4, 4\], not a tensor \[3, classes\]"),
+    ],
+)
+def test_what_cannot_be_run(theirs: Callable[..., Architecture], kind: type[nn.Module], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        behavior.vectorized(theirs(kind))
+
+
+def test_weights_that_are_not_trained(theirs: Callable[..., Architecture], capsys: pytest.CaptureFixture[str]) -> None:
+    assert behavior.vectorized(theirs(Partly))
+    assert "no gradient reaches first.weight, first.bias of PartlyNet(): they stay" in capsys.readouterr().err
+
+
+def test_a_group_that_cannot_be(theirs: Callable[..., Architecture]) -> None:
+    architecture = theirs(Branching)
+    config = ZooConfig(tasks=("digits@1x4x4",), network=architecture.name, group=4)
+    with pytest.raises(UserError, match=r"zoo.group=4: BranchingNet.* cannot be vectorized; leave it out"):
+        plan(config, load_task("digits@1x4x4"), 8, 1)

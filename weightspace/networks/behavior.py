@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
-from weightspace.runs import UserError, processor, write_json
+from weightspace.runs import UserError, notice, processor, write_json
 
 GROUPS = (1, 8, 32, 64, 128, 256, 512, 1024)
 """Group sizes that calibration tries."""
@@ -174,7 +174,7 @@ def _plain_attention() -> Iterator[None]:
 
 @torch.no_grad()
 def activations(
-    network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, layers: Sequence[str]
+    network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, layers: Sequence[str], together: bool = True
 ) -> dict[str, Tensor]:
     """What some layers of n checkpoints put out on the same inputs: {layer: [n, Q, ...]}.
 
@@ -185,6 +185,7 @@ def activations(
         weights: {name: [n, *shape]}.
         inputs: [Q, ...].
         layers: names of modules that give one tensor.
+        together: in one vectorized call, not one after another.
     """
 
     def run(own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,6 +202,9 @@ def activations(
                 hook.remove()
         return kept
 
+    if not together:
+        each = [run(dict(zip(weights, row, strict=True))) for row in zip(*weights.values(), strict=True)]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
     with _plain_attention():
         return vmap(run, randomness="different")(weights)
 
@@ -294,7 +298,8 @@ def timings(
     threads = threads or now
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     most = inputs_at_once(math.prod(input_shape_of(architecture.build())), device)
-    groups = [size for size in GROUPS if size == 1 or (size <= count and size * queries <= most)]
+    several = vectorized(architecture)
+    groups = [size for size in GROUPS if size == 1 or (several and size <= count and size * queries <= most)]
     cache = calibration_file()
     known = _known(cache)
     keys = {
@@ -321,6 +326,72 @@ def timings(
         with suppress(OSError):  # a home that cannot be written costs the time to measure again
             write_json(cache, {**_known(cache), **known})
     return {size: known[keys[size]] for size in groups}
+
+
+_vectorized: dict[str, bool] = {}
+
+
+def vectorized(architecture: Architecture) -> bool:
+    """Whether several checkpoints can run in one call; if not, they run one after another, which is told.
+
+    Raises:
+        UserError: the network cannot be run at all: the call fails, its outputs are not one row of numbers per input,
+            they change from call to call in evaluation mode, or no gradient reaches its weights.
+    """
+    key = str(architecture)
+    if key not in _vectorized:
+        _vectorized[key] = _tried(architecture)
+    return _vectorized[key]
+
+
+@torch.enable_grad()
+def _tried(architecture: Architecture) -> bool:
+    network, generator = runner(architecture), torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, *input_shape_of(network), generator=generator)
+    weights = {name: 0.1 * torch.randn(2, *shape, generator=generator) for name, shape in architecture.shapes.items()}
+
+    def outputs(group: int) -> Tensor:
+        return logits(network, {name: weight.clone() for name, weight in weights.items()}, inputs, group)
+
+    try:  # whatever the code of others raises
+        given: object = network(inputs)
+        alone = outputs(1) if isinstance(given, Tensor) else None
+    except Exception as error:
+        raise UserError(f"{architecture} cannot be called with inputs {list(inputs.shape)}: {_line(error)}") from None
+    if alone is None or alone.ndim != 3 or alone.shape[1] != len(inputs):
+        found = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise UserError(f"{architecture} gives {found} for inputs {list(inputs.shape)}, not a tensor [3, classes]")
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    first, second = network(inputs), network(inputs)
+    changed = [name for name, value in network.state_dict().items() if not torch.equal(value, state[name])]
+    if changed or not torch.allclose(first, second, equal_nan=True):
+        reason = f"changes {', '.join(changed)}" if changed else "draws at random"
+        raise UserError(
+            f"{architecture} {reason} when it is called in evaluation mode, so that its behavior is not one function; "
+            "let it do that in training mode only"
+        )
+    wanted = {name: weight.requires_grad_() for name, weight in weights.items() if name not in architecture.buffers}
+    values = outputs(1).sum()
+    reached = torch.autograd.grad(values, list(wanted.values()), allow_unused=True) if values.requires_grad else ()
+    trained = [name for name, gradient in zip(wanted, reached, strict=bool(reached)) if gradient is not None]
+    if not trained:
+        raise UserError(f"no gradient reaches the weights of {architecture}; its forward pass may leave torch (numpy)")
+    if missed := [name for name in wanted if name not in trained]:
+        more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
+        notice(f"no gradient reaches {', '.join(missed[:4])}{more} of {architecture}: they stay as they begin")
+    try:
+        same = torch.allclose(outputs(2), alone, rtol=1e-3, atol=1e-4, equal_nan=True)
+        reason = "" if same else "vectorized it gives other outputs"
+    except Exception as error:  # as above
+        reason = _line(error)
+    if reason:
+        notice(f"the checkpoints of {architecture} run one after another, not vectorized ({reason})")
+    return not reason
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". We don't")[0][:200]
 
 
 def _known(cache: Path) -> dict[str, float]:
@@ -367,7 +438,7 @@ def _call(
         with torch.set_grad_enabled(training):
             result = logits(network, weights, inputs, group, shared)
             if training:
-                torch.autograd.grad(result.square().sum(), list(weights.values()))
+                torch.autograd.grad(result.square().sum(), list(weights.values()), allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

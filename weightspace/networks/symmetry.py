@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from weightspace.networks.architectures import NETWORKS, Architecture
-from weightspace.networks.behavior import activations, input_shape_of, logits, runner
+from weightspace.networks.behavior import activations, input_shape_of, logits, runner, vectorized
 from weightspace.networks.groups import Axis, PermutationGroup
 from weightspace.networks.tracing import UntraceableNetwork, derive_groups
 from weightspace.runs import notice
@@ -167,7 +167,8 @@ def features(
     """
     network = runner(architecture, inputs.device)
     shown = [shown_by(architecture, group) for group in groups]
-    out = activations(network, weights, inputs, sorted({layer for layers in shown for layer in layers}))
+    layers = sorted({layer for layers in shown for layer in layers})
+    out = activations(network, weights, inputs, layers, vectorized(architecture))
     found = []
     for group, layers in zip(groups, shown, strict=True):
         parts = [next(iter(weights.values())).new_empty(len(next(iter(weights.values()))), group.size, 0)]

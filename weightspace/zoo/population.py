@@ -351,6 +351,8 @@ def shards_of(members: int, strategy: Strategy) -> int:
 def plan(config: ZooConfig, task: ImageTask, members: int, cores: int) -> Strategy:
     """The fastest strategy for this network on this machine, by measurement; config.workers and .group overrule it."""
     architecture = architecture_of(config, task)
+    if (config.group or 1) > 1 and not behavior.vectorized(architecture):
+        raise UserError(f"zoo.group={config.group}: {architecture} cannot be vectorized; leave it out, or set it to 1")
     device = task.train.images.device
     unit = UNIT if device.type == "cpu" else UNIT_GPU
 
