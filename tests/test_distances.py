@@ -56,8 +56,6 @@ def test_divergences_by_hand() -> None:
     sure, other = torch.tensor([[[1e3, 0.0]]]), torch.tensor([[[0.0, 1e3]]])
     assert distances.jensen_shannon(sure, other).item() == pytest.approx(math.log(2))  # its largest value
     assert distances.kl(sure, other).item() == pytest.approx(1e3)
-    assert distances.probability_distance(sure, other).item() == pytest.approx(math.sqrt(2))
-    assert distances.probability_distance(half, quarter).item() == pytest.approx(math.sqrt(2) / 4)
 
 
 def test_divergences_are_never_negative() -> None:
@@ -145,11 +143,24 @@ def test_rows_do_not_depend_on_each_other(pair: tuple[Checkpoints, Checkpoints, 
     )
 
 
-def test_equal_networks_have_no_distance() -> None:
+@pytest.fixture
+def networks() -> Checkpoints:
+    """Two of them, without a zoo."""
     architecture = Architecture("CNN8")
     weights = {name: torch.randn(2, *shape, generator=generator()) for name, shape in architecture.shapes.items()}
+    return Checkpoints(architecture, weights, pd.DataFrame(index=range(2)))
+
+
+def test_distances_of_probabilities_by_hand(networks: Checkpoints) -> None:
+    outputs = torch.tensor([[[1e3, 0], [0, 1e3]], [[0.5, 0.5], [1, 1]]])
+    others = torch.tensor([[[0, 1e3], [0, 1e3]], [[0, math.log(3)], [2, 2]]])  # of which: (1/4, 3/4)
+    found = distances.model_distances(networks, networks, Outputs(outputs), Outputs(others))
+    np.testing.assert_allclose(found["L2 of probabilities"], [math.sqrt(2) / 2, math.sqrt(2) / 8], rtol=1e-6)
+    np.testing.assert_allclose(found["worst case"], [math.sqrt(2), math.sqrt(2) / 4], rtol=1e-6)
+
+
+def test_equal_networks_have_no_distance(networks: Checkpoints) -> None:
     logits = Outputs(torch.randn(2, 3, 4, generator=generator()))
-    networks = Checkpoints(architecture, weights, pd.DataFrame(index=range(2)))
     found = distances.model_distances(networks, networks, logits, logits)
     assert found.drop(columns="CKA").to_numpy().max() < 1e-12
     np.testing.assert_allclose(found["CKA"], 1, rtol=1e-6)
