@@ -238,7 +238,7 @@ def test_members_of_several_tasks_are_scored_on_their_own(tmp_path: Path, tiny_c
     assert made.networks["two"].frame["task"].tolist() == ["digits"] * 3 + ["street@1x8x8"] * 3
     records, curves = finetune(made.networks, tasks, FinetuneConfig(networks=2, epochs=(0,)), seed=0)
     assert {record["split"] for record in records} == {"test digits", "test street@1x8x8"}
-    own = made.table[(made.table["representation"] == "two") & (made.table["network"] < 2)]
+    own = made.table[(made.table["representation"] == "two") & (made.table["network"] != 1)]  # first and last of three
     start = curves[curves["representation"] == "two"].sort_values(["task", "network"])["test_acc"]
     np.testing.assert_allclose(start, own.sort_values(["task", "network"])["test_acc"], atol=1e-6)
 
@@ -257,7 +257,7 @@ def test_another_number_of_classes_gets_a_new_classifier(tiny_zoo: ModelZoo) -> 
     assert torch.equal(adapted.weights["fc1.weight"], networks.weights["fc1.weight"])
     assert not torch.equal(adapted.weights["fc2.weight"][0], adapted.weights["fc2.weight"][1])
     assert for_task(networks, digits, "kaiming_uniform", 0) is networks
-    config = FinetuneConfig(networks=2, epochs=(0, 1), task="few")
+    config = FinetuneConfig(networks=4, epochs=(0, 1), task="few")
     records, _ = finetune({"r": networks}, {"few": task}, config, seed=0)
     found = {(r["representation"], r["metric"]): r["mean"] for r in records}
     assert found["r", "accuracy after 1 epoch"] > max(0.5, found[SCRATCH, "accuracy after 1 epoch"])
@@ -272,10 +272,20 @@ def test_finetuning_is_population_training(tiny_zoo: ModelZoo) -> None:
     records, curves = finetune({"r": networks}, {"digits": task}, config, seed=0)
     assert set(curves["representation"]) == {"r", SCRATCH}
     at_zero = curves[(curves["representation"] == "r") & (curves["epoch"] == 0)]["test_acc"].to_numpy()
-    np.testing.assert_allclose(at_zero, networks.frame["test_acc"][:2], atol=0.005)
+    np.testing.assert_allclose(at_zero, networks.frame["test_acc"].iloc[[0, -1]], atol=0.005)
     ones = Recipe(torch.full((2,), 1e-3), torch.zeros(2), (0, 1))
     *_, (epoch, _) = train(networks.architecture, networks.rows(slice(0, 2)).weights, task, ones, 1, 1)
     assert epoch == 1
     metric = {(r["representation"], r["metric"]): r["mean"] for r in records}
     assert metric["r", "accuracy after 1 epoch"] > metric["r", "accuracy after 0 epochs"]
     assert metric["r", "accuracy after 0 epochs"] == pytest.approx(at_zero.mean())
+
+
+def test_finetuning_takes_networks_of_every_rank(tiny_zoo: ModelZoo) -> None:
+    networks = tiny_zoo.select(epoch=2)
+    best_first = networks.rows(networks.frame["test_acc"].to_numpy().argsort()[::-1])
+    config = FinetuneConfig(networks=4, epochs=(0,))
+    _, curves = finetune({"sorted": best_first}, {"digits": load_task("digits")}, config, seed=0)
+    found = curves.loc[curves["representation"] == "sorted", "test_acc"].to_numpy()
+    ranks = [0, 6, 11, 17]  # of 18 members: the first 4 would be the best 4
+    np.testing.assert_allclose(found, best_first.frame["test_acc"].iloc[ranks], atol=1e-6)

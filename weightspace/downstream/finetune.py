@@ -25,7 +25,9 @@ STAGE = "finetune"
 def finetune(
     networks: Mapping[str, Checkpoints], tasks: Mapping[str, ImageTask], config: FinetuneConfig, seed: int
 ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    """Train the first networks of every method, and as many fresh ones, with the same data order.
+    """Train networks of every method, and as many fresh ones, with the same data order.
+
+    Where a method has more than config.networks, those at even distances are taken: some files are sorted by accuracy.
 
     Every network is trained on its own task, or all on config.task: with a new classifier where that has another number
     of classes. Where there are several tasks, the split in the records is "test TASK".
@@ -45,7 +47,8 @@ def finetune(
             starts = {}
             for method, checkpoints in networks.items():
                 own = checkpoints if config.task else checkpoints.rows((checkpoints.frame["task"] == name).to_numpy())
-                starts[method] = for_task(own.rows(slice(0, config.networks)), task, config.init, seed)
+                chosen = np.linspace(0, len(own) - 1, min(len(own), config.networks)).round().astype(int)
+                starts[method] = for_task(own.rows(chosen), task, config.init, seed)
             starts[SCRATCH] = fresh(next(iter(starts.values())).architecture, config, seed)
             for method, start in starts.items():
                 count = len(start)
