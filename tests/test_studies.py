@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from weightspace import studies
 from weightspace.config import PRESETS, SCALES, Experiment, GenerateConfig, check, network_for
 from weightspace.report.study import make_study_report
 from weightspace.runs import UserError
-from weightspace.studies import STUDIES, Lab, others, over_seeds, run_study
+from weightspace.studies import STUDIES, Lab, Variant, others, over_seeds, run_study
 
 CPU = torch.device("cpu")
 
@@ -102,6 +104,20 @@ def test_variants_change_what_they_name(tmp_path: Path) -> None:
     assert variant.loss.gamma == tiny().representations["structure+behavior"].gamma
     with pytest.raises(TypeError, match="nonsense"):
         lab.variant(nonsense=1)
+
+
+@pytest.mark.parametrize("best", [3e-5, 1e-3, 3e-2])
+def test_tuning_climbs_until_both_neighbors_are_worse(best: float, tmp_path: Path, monkeypatch: Any) -> None:
+    tried = []
+
+    def represent(lab: Lab, zoo: object, variant: Variant, title: str) -> SimpleNamespace:
+        tried.append(variant.pretrain.learning_rate)
+        return SimpleNamespace(info={"validation": {"agreement": -abs(np.log(tried[-1] / best))}})
+
+    monkeypatch.setattr(Lab, "represent", represent)
+    lab = Lab(tiny(), tmp_path, "losses", CPU)
+    assert lab.tuned(None, lab.variant(), "r").pretrain.learning_rate == best  # type: ignore[arg-type]
+    assert len(tried) == len(set(tried)) and {rate for rate in tried if rate < best} and max(tried) > best
 
 
 def test_over_seeds_is_a_t_interval() -> None:

@@ -46,7 +46,7 @@ from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 
 Records = list[dict[str, Any]]
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Where a study looks for every variant's own learning rate."""
 SEEDS = 3
 """Seeds of the study of seeds."""
