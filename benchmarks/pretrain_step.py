@@ -121,8 +121,7 @@ def main() -> None:
         core = setting.representation.autoencoder.core
         core.reduced = kind == "bfloat16"
         if kind == "compiled":
-            core.encoder.compile()
-            core.decoder.compile()
+            core.compile_blocks(device)
         steps["ours", kind] = ours(setting, weights, queries)
     rounds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for _ in range(arguments.rounds + 1):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig
 from weightspace.downstream.probe import monitor
+from weightspace.hyperrep import autoencoder as autoencoder_module
 from weightspace.hyperrep import pretrain as module
 from weightspace.hyperrep.pretrain import METRICS_FILE, STATE_FILE, learning_rate, pretrain, training_checkpoints
 from weightspace.hyperrep.representation import HyperRepresentation
@@ -252,3 +255,40 @@ def test_killed_at_every_write_ends_the_same(
     }
     for name in (METRICS_FILE, "config.json", "model.safetensors", "last.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch's own tracing looks at, and hides
+def test_compiled_training_compiles_both_transformers(
+    tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        def call(*given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return graph.forward(*given)
+
+        return call
+
+    plain = train(tiny_zoo, tmp_path / "plain")
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(autoencoder_module, "_probe", lambda x: x)  # does not count
+    compiled = train(tiny_zoo, tmp_path / "compiled", config=dataclasses.replace(BUDGET, compile=True))
+    assert calls >= 2 * BUDGET.steps  # encoder and decoder at every step
+    torch.testing.assert_close(state(compiled), state(plain), rtol=1e-4, atol=1e-5)
+    assert list(compiled.state()) == list(plain.state())
+    for name in ("model.safetensors", "last.safetensors"):
+        with safe_open(tmp_path / "plain" / name, "pt") as one, safe_open(tmp_path / "compiled" / name, "pt") as other:
+            assert set(one.keys()) == set(other.keys())
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    tiny_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    with pytest.raises(UserError, match=r"pretrain\.compile=True: .*C\+\+ compiler.*leave pretrain\.compile out"):
+        train(tiny_zoo, tmp_path / "rep", config=dataclasses.replace(BUDGET, compile=True))

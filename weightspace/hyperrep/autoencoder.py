@@ -213,6 +213,30 @@ class Core(nn.Module):
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.reduced):
             return blocks(h).float()
 
+    def compile_blocks(self, device: torch.device) -> None:
+        """Let torch.compile translate both transformers; names and weights stay as they are.
+
+        Only a compiled forward is translated: `Module.compile` passes over torch's own transformer without a word.
+
+        Raises:
+            UserError: nothing can be compiled on this machine.
+        """
+        try:
+            torch.compile(_probe)(torch.ones(1, device=device))
+        except Exception as error:  # whatever compilers and their drivers raise
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(
+                f"pretrain.compile=True: torch.compile does not work here ({reason}); install a C++ "
+                "compiler such as g++ (or name yours in the variable CXX), or leave pretrain.compile out"
+            ) from None
+        for blocks in (self.encoder, self.decoder):
+            blocks.forward = torch.compile(blocks.forward)
+
+
+def _probe(x: Tensor) -> Tensor:
+    """Something small to compile."""
+    return x + 1
+
 
 class Autoencoder(nn.Module):
     """Encoder, decoder and projection head for the checkpoints of one base network.

@@ -423,8 +423,7 @@ def pretrain(
     trained, core = representation.modules, representation.autoencoder.core
     core.reduced = config.precision == "bfloat16"
     if config.compile:
-        core.encoder.compile()
-        core.decoder.compile()
+        core.compile_blocks(device)
     step_of = distributed(trained, config.parallel, here, device)
     optimizer = OPTIMIZERS[config.optimizer](trained.parameters(), config.learning_rate, config.weight_decay)
 
