@@ -355,6 +355,46 @@ def test_shapes_say_the_base_network() -> None:
             assert list(found.names.values()) == sorted(keys, key=natural)
 
 
+SMALL = {
+    "ResNet18": {"width": 2},
+    "ViT": {"width": 8, "heads": 2, "depth": 2, "size": 16},
+    "MLPMixer": {"width": 8, "depth": 1, "patch": 8},
+    "SIREN": {"outputs": 3},
+}
+"""Arguments of base networks whose own are too large, or tell less."""
+
+
+@pytest.mark.parametrize("name", sorted(architectures.NETWORKS))
+@pytest.mark.parametrize("layout", ["ray-tune", "directory", "safetensors"])
+def test_every_network_comes_back(tmp_path: Path, layout: str, name: str) -> None:
+    arguments = {"size": 3} if name == "MLP" else SMALL.get(name, {"classes": 7, "dropout": 0.5})
+    architecture = Architecture(name, arguments)
+    weights = {key: value[None] for key, value in state_of(name, **arguments).items()}
+    frame = pd.DataFrame({"member": [0], "epoch": [1], "split": ["train"], "task": ["street"]})
+    writer = ZooWriter(tmp_path / "zoo", architecture, {})
+    writer.write(0, Checkpoints(architecture, weights, frame))
+    export_zoo(writer.finish([0]), tmp_path / "out", "directory" if layout == "safetensors" else layout)
+    config = ANY
+    if layout == "safetensors":  # nothing says the base network or its arguments
+        (tmp_path / "out" / "properties.parquet").unlink()
+        unseen = [f"heads={arguments['heads']}"] if name == "ViT" else []
+        config = ImportConfig(network=name, arguments=tuple(unseen))
+    (back,) = import_zoo(str(tmp_path / "out"), tmp_path / "back", config)
+    assert back.architecture.build().state_dict().keys() == architecture.build().state_dict().keys()
+    assert back.architecture.shapes == architecture.shapes
+    if layout != "safetensors":
+        assert back.architecture == architecture and back.architecture.arguments.items() >= arguments.items()
+    assert torch.equal(back.read(back.frame).flat(), torch.cat([value.flatten() for value in weights.values()])[None])
+
+
+def test_what_is_said_of_a_network_is_not_overruled() -> None:
+    shapes = Architecture("MLP", {"channels": 3, "size": 4}).shapes
+    said = {"channels": 3, "size": 4, "activation": "tanh"}
+    assert fit(shapes, "MLP", said).architecture.arguments.items() >= said.items()
+    with pytest.raises(Misfit, match=r"not a MLP\(.*size=5.*fc1.weight is 32x48, needed 32x75"):
+        fit(shapes, "MLP", {"channels": 3, "size": 5})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -219,6 +219,17 @@ def test_align_to_one_common_reference_comes_closer_and_keeps_the_function(popul
     torch.testing.assert_close(by_hand(moved, x), by_hand(population, x), rtol=1e-4, atol=1e-5)
 
 
+def test_networks_are_equal_where_the_same_weights_behave_alike() -> None:
+    plain = Architecture("CNN8", {"channels": 1, "classes": 10})
+    for same in ({"activation": "relu", "channels": 1, "classes": 10}, {"dropout": 0.5}, {}):
+        assert Architecture("CNN8", same) == plain and hash(Architecture("CNN8", same)) == hash(plain)
+    for other in (Architecture("CNN8", {"activation": "tanh"}), Architecture("CNN8", {"classes": 9}), "CNN8"):
+        assert other != plain
+    assert Architecture("SIREN", {"omega": 30}) == Architecture("SIREN")
+    stranger = Architecture("not.allowed:net", {"width": 4})
+    assert stranger == Architecture("not.allowed:net", {"width": 4}) != Architecture("not.allowed:net")
+
+
 def test_a_network_says_what_images_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(nn.Linear):
         def __init__(self) -> None:

@@ -250,12 +250,33 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     return NETWORKS[name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
-    """A base network by name and arguments: all that is needed to build it again."""
+    """A base network by name and arguments: all that is needed to build it again.
+
+    Two are equal where the same weights behave alike: an argument that is left out is its default, and dropout of the
+    shipped networks plays no part, since behavior is that of evaluation.
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Architecture) and (self.name, self._whole) == (other.name, other._whole)
+
+    def __hash__(self) -> int:
+        return hash((self.name, *sorted(self._whole)))  # the values may be lists
+
+    @cached_property
+    def _whole(self) -> dict[str, Any]:
+        """The arguments that decide about behavior, defaults included where the factory may be asked for them."""
+        try:
+            parameters = inspect.signature(_factory(self.name)).parameters.values()
+        except UserError:  # not allowed or not there
+            return self.arguments
+        whole = {each.name: each.default for each in parameters if each.default is not each.empty} | self.arguments
+        inert = () if ":" in self.name else ("dropout",)
+        return {name: value for name, value in whole.items() if name not in inert}
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in sorted(self.arguments.items()))})"

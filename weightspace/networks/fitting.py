@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import mode
 from typing import Any
 
 from weightspace.networks.architectures import NETWORKS, Architecture
@@ -163,30 +164,55 @@ def recognize(shapes: Shapes, arguments: Mapping[str, Any] | None = None) -> Fit
 
 
 def sized(name: str, shapes: Shapes) -> list[dict[str, Any]]:
-    """Arguments (channels, classes, size, hidden) with which a shipped base network may have these shapes."""
+    """Arguments with which a shipped base network may have these shapes, as far as shapes tell them."""
+    matrices = {key: tuple(shape) for key, shape in shapes.items() if len(shape) in (2, 4)}
+    if not matrices:
+        return []
+    own = [key for key, shape in Architecture(name).shapes.items() if len(shape) in (2, 4)]
+    named, ends = bare(list(shapes)), [own[0], own[-1]]
+    orders = [[named[key] for key in ends]] if set(ends) <= set(named) else []
+    orders += [list(matrices), sorted(matrices, key=natural)]
     found: list[dict[str, Any]] = []
-    for order in (list(shapes), sorted(shapes, key=natural)):
-        matrices = [tuple(shapes[key]) for key in order if len(shapes[key]) > 1]
-        if not matrices:
-            return []
-        first, classes = matrices[0], matrices[-1][0]
-        if name != "MLP" and len(first) == 4:
-            hidden = {"hidden": first[0]} if name == "SmallCNN" else {}
-            found.append({"channels": first[1], "classes": classes, **hidden})
-        for channels in (1, 3) if name == "MLP" and len(first) == 2 else ():
-            size = math.isqrt(first[1] // channels)
-            if channels * size * size == first[1] and size <= LARGEST_INPUT:
-                found.append({"channels": channels, "size": size, "hidden": first[0], "classes": classes})
+    for order in orders:
+        found += _arguments(name, matrices[order[0]], matrices[order[-1]], list(map(tuple, shapes.values())))
     return [candidate for i, candidate in enumerate(found) if candidate not in found[:i]]
 
 
+def _arguments(
+    name: str, first: tuple[int, ...], last: tuple[int, ...], each: list[tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """What the first and the last matrix of a base network and the shapes of all its tensors say; nothing where they
+    cannot be its own.
+    """
+    width, inputs, classes = first[0], first[1], last[0]
+    if name == "MLP" and len(first) == 2:
+        for channels in (1, 3):
+            size = math.isqrt(inputs // channels)
+            if channels * size * size == inputs and size <= LARGEST_INPUT:
+                yield {"channels": channels, "size": size, "hidden": width, "classes": classes}
+    elif name == "SIREN" and (len(first), inputs) == (2, 2):
+        layers = sum(len(shape) == 2 for shape in each) - 1
+        yield {"inputs": inputs, "outputs": classes, "width": width, "layers": layers}
+    elif name in ("ViT", "MLPMixer") and len(first) == 4:
+        depth = each.count((width, 2 * width))  # the last matrix of every block
+        # positions are the only tensor of three axes; a mixer has two square matrices over patches in every block
+        over = [shape[1] for shape in each if (len(shape) == 3 if name == "ViT" else shape == shape[:1] * 2)]
+        side = math.isqrt(mode(over)) if over else 0
+        if depth and side:
+            size = {"size": first[2] * side, "patch": first[2], "width": width, "depth": depth}
+            yield {"channels": inputs, "classes": classes, **size}
+    elif name not in ("MLP", "SIREN", "ViT", "MLPMixer") and len(first) == 4:
+        inner = {"SmallCNN": {"hidden": width}, "ResNet18": {"width": width}}
+        yield {"channels": inputs, "classes": classes, **inner.get(name, {})}
+
+
 def fit(shapes: Shapes, name: str | None, arguments: Mapping[str, Any]) -> Fit:
-    """The base network that is said (shapes are trusted more than arguments), or the one that is recognized.
+    """The base network that is said, or the one that is recognized; what arguments do not say is read off the shapes.
 
     Args:
         shapes: {name: shape} of a state_dict.
         name: what the source or the user says; None where nothing is said.
-        arguments: its arguments, as far as they are said; channels and classes of shipped networks follow the shapes.
+        arguments: its arguments, as far as they are said.
 
     Raises:
         Misfit: the tensors do not belong to it.
@@ -198,7 +224,7 @@ def fit(shapes: Shapes, name: str | None, arguments: Mapping[str, Any]) -> Fit:
     problem: Misfit | None = None
     for size in sizes or [{}]:
         try:
-            return match(shapes, Architecture(name, {**arguments, **size}))
+            return match(shapes, Architecture(name, {**size, **arguments}))
         except Misfit as misfit:
             problem = problem or misfit
     assert problem is not None

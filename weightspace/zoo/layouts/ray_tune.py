@@ -39,7 +39,9 @@ COLUMNS = {
     "optim::optimizer": "optimizer",
 }
 """Hyperparameters: their names -> our columns."""
-IGNORED = {"model::type", "model::nlin", "model::channels_in", "model::o_dim", "split"}
+ARGUMENTS = "model::arguments"
+"""Where `write` keeps all arguments of the base network, of which the field's own keys say only some."""
+IGNORED = {"model::type", "model::nlin", "model::channels_in", "model::o_dim", ARGUMENTS, "split"}
 """What describes the base network, and the split."""
 NETWORKS = {"cnn": "CNN", "cnn3": "CNN3", "lenet5": "LeNet5", "lenet": "LeNet5", "mlp": "MLP", "cnn8": "CNN8"}
 """model::type -> base network."""
@@ -81,7 +83,7 @@ def _read_trial(root: Path, trial: Path) -> Iterator[Found]:
         return
     # epoch 0 was written, or there is a line more than epochs: line i is epoch i; else it is epoch i + 1
     first = 0 if epochs[0][0] == 0 or len(lines) > epochs[-1][0] else 1
-    kind = params.get("model::type")
+    kind, said_of = params.get("model::type"), params.get(ARGUMENTS)
     said = {COLUMNS.get(key, column(key)): scalar(value) for key, value in params.items() if key not in IGNORED}
     properties = {key: value for key, value in said.items() if value is not None}
     for epoch, folder in epochs:
@@ -94,7 +96,7 @@ def _read_trial(root: Path, trial: Path) -> Iterator[Found]:
             load=lambda path=path: read_state(path),
             properties={**properties, **measured(line)},
             network=NETWORKS.get(kind.lower(), kind) if isinstance(kind, str) else None,
-            arguments=activation_of(params.get("model::nlin")),
+            arguments=activation_of(params.get("model::nlin")) | (said_of if isinstance(said_of, dict) else {}),
             split=split_of(params.get("split")),
             notes=tuple(notes) + (() if line else (f"result.json has no line for epoch {epoch}",)),
         )
@@ -151,6 +153,7 @@ def write(folder: Path, member: int, checkpoints: Checkpoints) -> None:
         "model::nlin": architecture.arguments.get("activation"),
         "model::channels_in": architecture.arguments.get("channels"),
         "model::o_dim": architecture.arguments.get("classes", last[0]),
+        ARGUMENTS: architecture.arguments,
     }
     params |= {theirs.get(name, name): plain(frame[name].iloc[0]) for name in constant}
     varying = [str(name) for name in frame if name not in (*constant, "member", "epoch")]
