@@ -148,7 +148,7 @@ def recognize(shapes: Shapes, arguments: Mapping[str, Any] | None = None) -> Fit
     for name in SHIPPED:
         for candidate in sized(name, shapes):
             try:
-                fits.append(match(shapes, Architecture(name, {**candidate, **(arguments or {})})))
+                fits.append(match(shapes, _sorted(name, candidate, arguments or {})))
             except (Misfit, UserError):
                 continue
     if len(fits) > 1:
@@ -206,6 +206,14 @@ def _arguments(
         yield {"channels": inputs, "classes": classes, **inner.get(name, {})}
 
 
+def _sorted(name: str, seen: Mapping[str, Any], said: Mapping[str, Any]) -> Architecture:
+    """A base network with what was seen in the shapes and what was said of it, which counts more.
+
+    In the order of their names: an import that goes on reads them back so, and ends in the same bytes.
+    """
+    return Architecture(name, dict(sorted({**seen, **said}.items())))
+
+
 def fit(shapes: Shapes, name: str | None, arguments: Mapping[str, Any]) -> Fit:
     """The base network that is said, or the one that is recognized; what arguments do not say is read off the shapes.
 
@@ -224,7 +232,7 @@ def fit(shapes: Shapes, name: str | None, arguments: Mapping[str, Any]) -> Fit:
     problem: Misfit | None = None
     for size in sizes or [{}]:
         try:
-            return match(shapes, Architecture(name, {**size, **arguments}))
+            return match(shapes, _sorted(name, size, arguments))
         except Misfit as misfit:
             problem = problem or misfit
     assert problem is not None
