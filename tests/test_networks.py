@@ -34,7 +34,7 @@ from weightspace.networks.groups import PermutationGroup
 from weightspace.networks.symmetry import align, groups_of, permute, random_permutations
 from weightspace.runs import UserError
 from weightspace.tasks.images import load_task
-from weightspace.zoo.population import plan
+from weightspace.zoo.population import plan, train_population
 
 Maker = Callable[..., Checkpoints]
 
@@ -437,7 +437,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(16, 6), nn.Linear(6, 3)
+        self.first, self.last = nn.Linear(16, 6), nn.Linear(6, 10)
         self.register_buffer("seen", torch.zeros(6))
         self.input_shape = (1, 4, 4)
 
@@ -463,6 +463,34 @@ class Recurrent(Plain):
 class Random(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.dropout(self.first(x.flatten(1)), 0.5, training=self.training))
+
+
+class StochasticDepth(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        return self.last(torch.relu(hidden) if not self.training or torch.rand(()) < 0.5 else hidden)
+
+
+class Centering(Plain):
+    """Keeps a mean of its inputs in training, beside its state_dict; in place, or as a new tensor."""
+
+    in_place = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        if self.training and self.in_place:
+            self.mean.lerp_(hidden.detach().mean(0), 0.1)
+        elif self.training:
+            self.mean = self.mean.lerp(hidden.detach().mean(0), 0.1)
+        return self.last(hidden - self.mean)
+
+
+class CenteringAnew(Centering):
+    in_place = False
 
 
 class AlwaysRandom(Plain):
@@ -527,6 +555,33 @@ def test_what_cannot_be_vectorized_runs_one_after_another(
     network(x)
     seen = behavior.activations(architecture.build(), weights, x, ["last"], together=False)
     torch.testing.assert_close(seen["last"][2], kept[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (StochasticDepth, "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow"),
+        (Centering, "vmap: aten::lerp_"),
+        (CenteringAnew, "in training it changes mean beside its state_dict, which checkpoints do not keep"),
+    ],
+)
+def test_what_cannot_be_vectorized_in_training_trains_one_after_another(
+    theirs: Callable[..., Architecture],
+    kind: type[nn.Module],
+    reason: str,
+    tmp_path: Path,
+    tiny_config: ZooConfig,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = dataclasses.replace(
+        tiny_config, tasks=("digits@1x4x4",), network=theirs(kind).name, epochs=1, save_epochs=(0, 1), group=None
+    )
+    zoo = train_population(config, tmp_path, 0, torch.device("cpu"))
+    assert f"run one after another, not vectorized ({reason}" in capsys.readouterr().err
+    frame = zoo.frame.sort_values("epoch")
+    assert np.isfinite(frame["train_loss"]).all()
+    before, after = (frame.loc[frame["epoch"] == epoch, "train_loss"].mean() for epoch in (0, 1))
+    assert after < before
 
 
 @pytest.mark.parametrize("kind", [Plain, Random])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from weightspace.config import ZooConfig
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
-from weightspace.runs import UserError, derive_seed
+from weightspace.runs import RunFailed, UserError, derive_seed
 from weightspace.tasks.images import ImageTask, load_task
 from weightspace.zoo import population as population_module
 from weightspace.zoo.model_zoo import ModelZoo, ZooWriter
@@ -344,6 +346,28 @@ def test_worker_processes_give_the_same_zoo(tiny_zoo: ModelZoo, tiny_config: Zoo
     pd.testing.assert_frame_equal(zoo.frame, tiny_zoo.frame, rtol=1e-3, atol=0.005)
     if torch.get_num_threads() == 1:  # the same threads, the same bits
         assert zoo.fingerprint == tiny_zoo.fingerprint
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_and_what_is_finished_is_kept(
+    tiny_config: ZooConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, work = dataclasses.replace(tiny_config, workers=2), population_module._work
+
+    def dies(job: population_module.Job) -> object:
+        while job.unit and not list(tmp_path.glob("part-*")):
+            time.sleep(0.01)  # until another shard is there
+        return os.kill(os.getpid(), signal.SIGKILL) if job.unit else work(job)
+
+    monkeypatch.setattr(population_module, "UNIT", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(population_module, "_work", dies)
+        with pytest.raises(RunFailed, match=r"a worker process was killed.*what is finished is kept, start the same"):
+            train_population(config, tmp_path, 0, CPU)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("weights-*")}
+    assert len(kept) == 1
+    assert len(train_population(config, tmp_path, 0, CPU)) == 54
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 # what a user may get wrong

@@ -332,7 +332,9 @@ _vectorized: dict[str, bool] = {}
 
 
 def vectorized(architecture: Architecture) -> bool:
-    """Whether several checkpoints can run in one call; if not, they run one after another, which is told.
+    """Whether several checkpoints can run in one call, in evaluation and in training.
+
+    If not, they run one after another, which is told.
 
     Raises:
         UserError: the network cannot be run at all: the call fails, its outputs are not one row of numbers per input,
@@ -382,6 +384,13 @@ def _tried(architecture: Architecture) -> bool:
     try:
         same = torch.allclose(outputs(2), alone, rtol=1e-3, atol=1e-4, equal_nan=True)
         reason = "" if same else "vectorized it gives other outputs"
+        with torch.random.fork_rng([]):
+            network.train()  # as populations are trained; what it draws differs, so that outputs cannot be compared
+            beside = {name: (b, b.clone()) for name, b in network.named_buffers() if name not in state}
+            outputs(2)
+        now = dict(network.named_buffers())
+        if own := [name for name, (b, old) in beside.items() if now[name] is not b or not torch.equal(b, old)]:
+            reason = f"in training it changes {', '.join(own)} beside its state_dict, which checkpoints do not keep"
     except Exception as error:  # as above
         reason = _line(error)
     if reason:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from weightspace.config import ZooConfig, check
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture, arguments_of, check_init, initialize, register_network
 from weightspace.networks.checkpoints import Checkpoints, concatenate, flatten, unflatten
-from weightspace.runs import UserError, cores, derive_seed, notice, progress, read_json, write_json
+from weightspace.runs import RunFailed, UserError, cores, derive_seed, notice, progress, read_json, write_json
 from weightspace.tasks.images import ImageTask, load_task
 from weightspace.zoo.cluster import over
 from weightspace.zoo.model_zoo import SPLITS, ZOO_FILE, ModelZoo, ZooWriter
@@ -388,6 +389,7 @@ def train_population(config: ZooConfig, folder: Path, seed: int, device: torch.d
 
     Raises:
         UserError: an unknown task, network, init or activation, or a grid that leaves a split empty.
+        RunFailed: a worker process was killed.
     """
     members = grid(config, seed)
     if ":" in config.network:
@@ -460,7 +462,13 @@ class Job:
 def _in_workers(workers: int, jobs: Sequence[Job]) -> Iterator[tuple[int, Checkpoints]]:
     with parallel_config("loky", n_jobs=min(workers, len(jobs)), inner_max_num_threads=1):
         done = Parallel(return_as="generator_unordered")(delayed(_work)(job) for job in jobs)
-        yield from cast(Iterator[tuple[int, Checkpoints]], done)
+        try:
+            yield from cast(Iterator[tuple[int, Checkpoints]], done)
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process was killed, often for lack of memory; what is finished is kept, start the same "
+                "command again (where that does not help: with fewer zoo.workers, in another --out)"
+            ) from None
 
 
 def _work(job: Job) -> tuple[int, Checkpoints]:
