@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from scipy import stats
 
 from weightspace import studies
-from weightspace.config import PRESETS, SCALES, Experiment, GenerateConfig, check, network_for
+from weightspace.config import PRESETS, SCALES, Experiment, GenerateConfig, StudyConfig, check, network_for
 from weightspace.report.study import make_study_report
 from weightspace.runs import UserError
-from weightspace.studies import STUDIES, Lab, Variant, others, over_seeds, run_study
+from weightspace.studies import STUDIES, Lab, Variant, foreign_of, others, over_seeds, run_study
 
 CPU = torch.device("cpu")
 
@@ -147,5 +148,67 @@ def test_presets_are_complete() -> None:
 def test_other_tasks_have_the_same_shape(task: str) -> None:
     from weightspace.tasks.images import load_task
 
-    shapes = {load_task(name).input_shape for name in (task, *others(task))}
-    assert len(shapes) == 1 and len({task, *others(task)}) == 3
+    base = SCALES["smoke"](task)
+    shapes = {load_task(name).input_shape for name in (task, *others(base), foreign_of(base))}
+    assert len(shapes) == 1 and len({task, *others(base)}) == 3
+
+
+def test_published_tasks_have_the_published_others_unless_some_are_named() -> None:
+    base = SCALES["paper"]("svhn")
+    assert others(base) == ("cifar10", "eurosat") and foreign_of(base) == "stl10@3x32x32"
+    named = dataclasses.replace(base, study=StudyConfig(foreign="stl10@3x32x32:mine", others=("cifar10:here",)))
+    assert others(named) == ("cifar10:here",) and foreign_of(named) == "stl10@3x32x32:mine"
+
+
+def variants_of(name: str, base: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """(config of the zoo, variants) that a study compares, with nothing trained."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(Lab, "zoo", lambda lab, **changes: dataclasses.replace(lab.base.zoo, **changes))
+    monkeypatch.setattr(Lab, "rate", lambda lab, name: 1e-3)
+    monkeypatch.setattr(Lab, "compare", lambda lab, zoo, variants, **_: asked.update(zoo=zoo, variants=variants) or [])
+    STUDIES[name].run(Lab(base, folder, name, CPU))
+    return asked["zoo"], asked["variants"]
+
+
+def test_the_published_recipe_is_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, variants = variants_of("attention", SCALES["paper"]("svhn"), tmp_path, monkeypatch)
+    recipe = variants["published recipe, structure+behavior"]
+    settings = recipe.pretrain
+    assert (settings.normalize, settings.schedule, settings.warmup, settings.weight_decay) == (
+        "none",
+        "constant",
+        0,
+        3e-9,
+    )
+    assert (recipe.loss.distance, recipe.loss.permute, recipe.loss.queries) == ("probabilities", "all", 256)
+    assert (recipe.loss.gamma, recipe.loss.beta, recipe.autoencoder.components) == (0.05, 0.1, 0)
+    assert variants["published recipe, structure"].loss.beta == 1.0
+
+
+def test_lenet5_is_studied_at_the_published_bottlenecks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo, variants = variants_of("lenet5", SCALES["paper"]("street"), tmp_path, monkeypatch)
+    assert zoo.network == "LeNet5" and len(zoo.learning_rates) == 5
+    assert {(v.x, v.autoencoder.latent, v.autoencoder.token_size) for v in variants.values()} == {
+        (32.0, 32, 256), (64.0, 64, 256), (128.0, 128, 256)
+    }  # fmt: skip
+    zoo, _ = variants_of("lenet5", SCALES["small"]("digits"), tmp_path, monkeypatch)
+    assert zoo.tasks == ("digits@3x32x32",) and len(zoo.learning_rates) == 2
+
+
+def test_the_multi_task_zoo_is_the_published_one_at_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo, variants = variants_of("multitask", SCALES["paper"]("svhn"), tmp_path, monkeypatch)
+    grid = zoo.inits, range(zoo.seeds), zoo.learning_rates, zoo.weight_decays, zoo.tasks
+    assert math.prod(map(len, grid)) == 1440 and zoo.network == "LeNet5"
+    assert zoo.tasks == PRESETS["paper-multitask"]().zoo.tasks == ("svhn", "cifar10", "eurosat")
+    assert [variant.loss.query_set for variant in variants.values()] == ["own", "own", "tasks"]
+    small, _ = variants_of("multitask", SCALES["small"]("street"), tmp_path, monkeypatch)
+    assert small.network == "CNN3" and small.tasks == ("street", "patches", "digits@3x32x32")
+
+
+def test_published_presets_have_the_published_sizes() -> None:
+    for name in ("paper", "paper-lenet5", "paper-mnist"):
+        base = PRESETS[name]()
+        grid = base.zoo.inits, range(base.zoo.seeds), base.zoo.learning_rates, base.zoo.weight_decays
+        assert math.prod(map(len, grid)) == 1200 and base.zoo.save_epochs == tuple(range(51))
+        assert (base.zoo.val_share, base.zoo.test_share, base.autoencoder.components) == (0.05, 0.15, 1)
+    assert PRESETS["paper-lenet5"]().autoencoder.token_size == 256 and PRESETS["paper-mnist"]().zoo.network == "CNN"

@@ -58,8 +58,8 @@ class Run:
     """Images -> zoo -> representations -> probes, reconstruction, generation, fine-tuning -> report.
 
     PRESET is digits (the default: 600 networks, minutes), digits-long (960 networks, under 45 minutes), smoke
-    (everything, tiny; its numbers mean nothing), street or patches (150 CNN3 on 32x32 images, under an hour) or paper
-    (the published size, for a GPU).
+    (everything, tiny; its numbers mean nothing), street or patches (150 CNN3 on 32x32 images, under an hour) or, for a
+    GPU, the published sizes: paper (CNN3 on SVHN), paper-lenet5, paper-multitask (three tasks), paper-mnist (CNN).
     Running the same command again skips finished stages and continues an interrupted one. Every field below can be
     set as an option (--pretrain.steps 200) or as --set pretrain.steps=200; the defaults shown are the preset's.
     """
@@ -400,6 +400,10 @@ class RunStudy:
     """folder of the studies of this task and scale (default: runs/studies/TASK-SCALE)"""
     seed: int = 0
     """seed of everything random"""
+    foreign: str | None = None
+    """task whose images are foreign queries (default: see `weightspace run --help`, study.foreign)"""
+    others: tuple[str, ...] = ()
+    """further tasks of multi-task zoos, transfer and fine-tuning (default: see study.others)"""
     device: Device = "auto"
     cluster: Cluster = None
 
@@ -408,8 +412,11 @@ class RunStudy:
         from weightspace.studies import run_study
 
         base = replace(SCALES[self.scale](self.task), seed=self.seed)
+        base = replace(base, study=replace(base.study, foreign=self.foreign, others=self.others))
         name = f"{self.task.replace('/', '-').replace(':', '-')}-{self.scale}"
         command = f"weightspace study {self.study} --task {self.task} --scale {self.scale} --seed {self.seed}"
+        command += f" --foreign {self.foreign}" if self.foreign else ""
+        command += f" --others {' '.join(self.others)}" if self.others else ""
         folder = self.out or Path("runs") / "studies" / name
         page = run_study(self.study, base, folder, choose_device(self.device), command, self.cluster)
         print(f"page: {page}")

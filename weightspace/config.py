@@ -330,6 +330,23 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """What `weightspace study` takes besides the settings of the stages; a run does not read it."""
+
+    foreign: str | None = None
+    """task whose images are foreign queries (default: stl10 for svhn, cifar10 and eurosat; else the first of others)"""
+    others: tuple[str, ...] = ()
+    """further tasks of multi-task zoos, with images of the same shape; transfer and fine-tuning use the first (default:
+    of svhn, cifar10 and eurosat the other two; else two offline tasks)"""
+    thin: bool = True
+    """train the larger zoos (of LeNet5, of several tasks) on a part of the grid"""
+    multitask_network: str | None = None
+    """base network of the multi-task zoo (default: that of the other zoos)"""
+    multitask_seeds: int | None = None
+    """initialization seeds per scheme of the multi-task zoo (default: as many as of the other zoos)"""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The main job: every stage's config. A preset is a function that returns one."""
 
@@ -346,6 +363,7 @@ class Experiment:
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
 
 
 def losses(behavior: LossConfig) -> dict[str, LossConfig]:
@@ -421,8 +439,28 @@ def paper() -> Experiment:
     return dataclasses.replace(published("svhn"), name="paper")
 
 
+def paper_lenet5() -> Experiment:
+    """The published size with the larger network: 1,200 LeNet5 on SVHN, in tokens of 256."""
+    base = published("svhn")
+    zoo, size = dataclasses.replace(base.zoo, network="LeNet5"), dataclasses.replace(base.autoencoder, token_size=256)
+    return dataclasses.replace(base, name="paper-lenet5", zoo=zoo, autoencoder=size)
+
+
+def paper_multitask() -> Experiment:
+    """The published multi-task zoo: 1,440 LeNet5 on SVHN, CIFAR-10 and EuroSAT, 8 seeds."""
+    base = paper_lenet5()
+    zoo = dataclasses.replace(base.zoo, tasks=("svhn", "cifar10", "eurosat"), seeds=8, unseen_seeds=1)
+    return dataclasses.replace(base, name="paper-multitask", zoo=zoo)
+
+
+def paper_mnist() -> Experiment:
+    """The published grid with the field's older network: 1,200 CNN on MNIST; --set zoo.tasks=fashion_mnist, or usps."""
+    return dataclasses.replace(published("mnist"), name="paper-mnist")
+
+
 PRESETS = {
     "digits": digits, "digits-long": digits_long, "smoke": smoke, "street": street, "patches": patches, "paper": paper,
+    "paper-lenet5": paper_lenet5, "paper-multitask": paper_multitask, "paper-mnist": paper_mnist,
 }  # fmt: skip
 
 
@@ -480,15 +518,18 @@ def published(task: str) -> Experiment:
             learning_rates=(1e-4, 2.5e-4, 5e-4, 7.5e-4, 1e-3),
             weight_decays=(1e-4, 5e-4, 1e-3),
             epochs=50,
-            save_epochs=(0, 1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
+            save_epochs=tuple(range(51)),
+            val_share=0.05,
+            test_share=0.15,
         ),
-        autoencoder=AutoencoderConfig(width=256, layers=8, heads=8, feedforward=2048, latent=64),
+        autoencoder=AutoencoderConfig(width=256, layers=8, heads=8, feedforward=2048, latent=64, components=1),
         pretrain=PretrainConfig(
             epochs=(20, 30, 40, 50), steps=30_000, batch_size=64, learning_rate=3e-4, validate_every=500
         ),
         representations=losses(LossConfig(distance="kl", queries=256)),
         generate=GenerateConfig(anchors=200, networks=200),
         finetune=FinetuneConfig(networks=50, epochs=(0, 1, 5, 25)),
+        study=StudyConfig(thin=False, multitask_network="LeNet5", multitask_seeds=8),
     )
 
 

@@ -50,6 +50,9 @@ LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Where a study looks for every variant's own learning rate."""
 SEEDS = 3
 """Seeds of the study of seeds."""
+PUBLISHED = ("svhn", "cifar10", "eurosat")
+"""The tasks of the paper."""
+LENET5 = "LeNet5"
 STRUCTURE, BEHAVIOR = "structure", "structure+behavior"
 BOTH: dict[str, dict[str, Any]] = {STRUCTURE: {"beta": 1.0}, BEHAVIOR: {}}
 """The baseline without the behavioral loss and the same with it, as changes of the base variant."""
@@ -333,7 +336,7 @@ def cycle(lab: Lab) -> Records:
 @study(*WHOLE)
 def queries(lab: Lab) -> Records:
     """On which inputs is behavior compared? Own images, foreign images, noise and unions."""
-    foreign = others(lab.base.zoo.tasks[0])[0]
+    foreign = foreign_of(lab.base)
     sources = ("own", foreign, "noise", f"own+{foreign}+noise")
     rate = lab.rate(BEHAVIOR)
     return lab.compare(lab.zoo(), {name: lab.variant(query_set=name, learning_rate=rate) for name in sources})
@@ -361,10 +364,15 @@ def latent(lab: Lab) -> Records:
     return lab.compare(lab.zoo(), variants)
 
 
-@study(*WHOLE)
+@study(*WHOLE, "learning rate")
 def attention(lab: Lab) -> Records:
-    """What does our autoencoder change? The published recipe with attention over tokens, and ours, at equal steps."""
-    published = {"normalize": "none", "schedule": "constant", "components": 0, "distance": "probabilities"}
+    """What does our autoencoder change? The published recipe with attention over tokens, and ours, at equal steps.
+
+    The published recipe has the steps, batch and queries of the scale (256 queries at paper scale, as published), and
+    attention over tokens, losses without padding, fixed scales, fresh permutations and clipped gradients as ours.
+    """
+    published = {"normalize": "none", "schedule": "constant", "warmup": 0.0, "weight_decay": 3e-9}
+    published |= {"components": 0, "distance": "probabilities", "permute": "all"}
     recipes = {"published recipe": published, "transformer alone": {"components": 0}, "ours": {}}
     variants = {
         f"{name}, {kind}": lab.variant(**recipe, **loss)
@@ -374,22 +382,40 @@ def attention(lab: Lab) -> Records:
     return lab.compare(lab.zoo(), variants, tuned=True)
 
 
-@study(*WHOLE)
+@study(*WHOLE, x="latent values per token")
 def lenet5(lab: Lab) -> Records:
-    """Does it hold for a larger network? LeNet5 (62,006 weights), with and without behavior."""
-    task = lab.base.zoo.tasks[0]
+    """Does it hold for a larger network? LeNet5 (62,006 weights) at half, once and twice the usual latent values."""
+    base, task = lab.base, lab.base.zoo.tasks[0]
     wide = task if load_task(task).input_shape == (3, 32, 32) else f"{task.partition('@')[0]}@3x32x32"
-    zoo = lab.zoo(tasks=(wide,), network="LeNet5", learning_rates=lab.base.zoo.learning_rates[:2])
-    size = {"token_size": 256, "components": min(lab.base.autoencoder.components, 2)}
-    return lab.compare(zoo, {name: lab.variant(**loss, **size) for name, loss in BOTH.items()}, tuned=True)
+    rates = base.zoo.learning_rates[:2] if base.study.thin else base.zoo.learning_rates
+    zoo = dataclasses.replace(base.zoo, tasks=(wide,), network=LENET5, learning_rates=rates)
+    size = dataclasses.replace(base.autoencoder, **_size_for(LENET5, base))
+    return latent(dataclasses.replace(lab, base=dataclasses.replace(base, zoo=zoo, autoencoder=size)))
 
 
-@study(*WHOLE)
+@study(*WHOLE, "learning rate")
 def multitask(lab: Lab) -> Records:
-    """Does one representation serve several tasks? A zoo of three tasks, each member scored on its own."""
-    task = lab.base.zoo.tasks[0]
-    zoo = lab.zoo(tasks=(task, *others(task)), weight_decays=lab.base.zoo.weight_decays[::2])
-    return lab.compare(zoo, {name: lab.variant(**loss) for name, loss in BOTH.items()}, tuned=True)
+    """Does one representation serve several tasks? A zoo of three tasks, each member scored on its own.
+
+    Behavior is compared on every member's own images, or on those of all tasks.
+    """
+    base, settings = lab.base, lab.base.study
+    network, seeds_per_init = settings.multitask_network or base.zoo.network, settings.multitask_seeds or base.zoo.seeds
+    zoo = lab.zoo(
+        tasks=(base.zoo.tasks[0], *others(base)),
+        network=network,
+        seeds=seeds_per_init,
+        weight_decays=base.zoo.weight_decays[::2] if settings.thin else base.zoo.weight_decays,
+    )
+    size = _size_for(network, base)
+    variants = {name: lab.variant(**loss, **size) for name, loss in BOTH.items()}
+    variants[f"{BEHAVIOR}, queries of all tasks"] = lab.variant(query_set="tasks", **size)
+    return lab.compare(zoo, variants, tuned=True)
+
+
+def _size_for(network: str, base: Experiment) -> dict[str, Any]:
+    """What differs in an autoencoder for this base network: LeNet5 has the published tokens, and less to fit."""
+    return {"token_size": 256, "components": min(base.autoencoder.components, 2)} if network == LENET5 else {}
 
 
 @study(*WHOLE, "steps")
@@ -436,7 +462,7 @@ def _time_ratio(lab: Lab, zoo: ModelZoo) -> float:
 def transfer(lab: Lab) -> Records:
     """Does a representation serve another zoo? As it is, fine-tuned for a tenth of the steps, and from scratch."""
     home = lab.zoo()
-    away = lab.zoo(tasks=(others(lab.base.zoo.tasks[0])[0],))
+    away = lab.zoo(tasks=(others(lab.base)[0],))
     steps = max(lab.base.pretrain.steps // 10, 2)
     short = lab.both(steps=steps, validate_every=min(steps, lab.base.pretrain.validate_every))
     records: Records = []
@@ -573,7 +599,7 @@ def finetuning(lab: Lab) -> Records:
     lab.compare(lab.zoo(), variants)
     files = {name: lab.own / "generate" / f"{name}.safetensors" for name in (*variants, ANCHORS)}
     records: Records = []
-    for task in (None, others(lab.base.zoo.tasks[0])[0]):
+    for task in (None, others(lab.base)[0]):
         config = dataclasses.replace(lab.base.finetune, task=task)
         found = finetune_stage(
             lab.own / f"finetune-{'other' if task else 'own'}", files, config, lab.base.seed, lab.device
@@ -582,11 +608,22 @@ def finetuning(lab: Lab) -> Records:
     return [placed(record, variants.get(record["representation"])) for record in records]
 
 
-def others(task: str) -> tuple[str, ...]:
-    """Two further tasks, offline, with images of the same shape."""
+def others(base: Experiment) -> tuple[str, ...]:
+    """Further tasks with images of the same shape: those that the base names, the other published ones, or offline."""
+    task = base.zoo.tasks[0]
+    if base.study.others:
+        return base.study.others
+    if task in PUBLISHED:
+        return tuple(name for name in PUBLISHED if name != task)
     shape = "x".join(map(str, load_task(task).input_shape))
     suffix = "" if shape == "3x32x32" else f"@{shape}"
     return tuple(f"{name}{suffix}" for name in ("patches", "street", "digits@3x32x32") if name != task)[:2]
+
+
+def foreign_of(base: Experiment) -> str:
+    """The task whose images are foreign queries."""
+    published = base.zoo.tasks[0] in PUBLISHED
+    return base.study.foreign or ("stl10@3x32x32" if published else others(base)[0])
 
 
 def run_study(
