@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,44 @@ def test_when_one_dies_the_others_end(tiny_zoo: ModelZoo, tmp_path: Path) -> Non
     assert started.returncode != 0
     assert "Signal 9 (SIGKILL)" in told  # torchrun says which one died; it ends the others
     shutil.rmtree(out)
+
+
+def started_by_hand(zoo: ModelZoo, out: Path, *more: str) -> list[subprocess.Popen[str]]:
+    """Two processes without torchrun, which would end one when the other fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            command(zoo, out, 1, *more),
+            env={**os.environ, **place, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_one_tells_what_the_user_got_wrong(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    both = started_by_hand(tiny_zoo, tmp_path)
+    first, other = (each.communicate(timeout=120)[1] for each in both)
+    assert f"{tmp_path} is not empty and not a weightspace representation" in first
+    assert other == "" and [each.returncode for each in both] == [2, 2]
+
+
+@pytest.mark.slow
+def test_the_others_say_that_one_died(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    both = started_by_hand(tiny_zoo, tmp_path / "rep", "--pretrain.steps", "2000")
+    while not (tmp_path / "rep" / "state.json").exists() and both[0].poll() is None:
+        time.sleep(0.02)
+    both[1].kill()
+    told = both[0].communicate(timeout=120)[1]
+    assert both[0].returncode == 1
+    assert "another process of this training died or does not answer" in told and "start the same command again" in told
+    assert "Traceback" not in told
+    both[1].communicate()
 
 
 def test_batches_are_divided_evenly() -> None:

@@ -86,21 +86,30 @@ class Processes:
 
     @contextmanager
     def led(self, claim: AbstractContextManager[bool]) -> Iterator[bool]:
-        """Let the first process claim a folder; yields to all whether there is work to do."""
+        """Let the first process claim a folder; yields to all whether there is work to do.
+
+        Raises:
+            SystemExit: the first process cannot claim it; it tells why, the others leave without a word.
+        """
         if not self.first:
-            yield self._told(False)
+            todo = self._told(None)
+            if todo is None:
+                raise SystemExit(2)
+            yield todo
             return
         told = False
         try:
             with claim as todo:
                 told = True
-                yield self._told(todo)
+                self._told(todo)
+                yield todo
                 self.wait()  # nobody leaves before the others are done with the folder
         finally:
             if not told:
-                self._told(False)
+                self._told(None)
 
-    def _told(self, todo: bool) -> bool:
+    def _told(self, todo: bool | None) -> bool | None:
+        """What the first process says of the work to do; None where it cannot claim the folder."""
         if self.count == 1:
             return todo
         message = [todo]
