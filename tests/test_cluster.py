@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from weightspace.runs import UserError, read_json
-from weightspace.zoo.cluster import connected
+from weightspace.zoo import cluster as cluster_module
+from weightspace.zoo.cluster import connected, over
 from weightspace.zoo.model_zoo import ModelZoo
 
 pytest.importorskip("ray", reason="needs the extra ray")
@@ -39,14 +41,21 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """A Ray cluster of two processors on this machine; its address."""
+    with started({"RAY_AUTH_MODE": "disabled"}) as address:
+        yield address
+
+
+@contextmanager
+def started(environment: dict[str, str]) -> Iterator[str]:
+    """Start a cluster; yields its address."""
     address = f"127.0.0.1:{free_port()}"
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie in it: a short path
     where = ["--port", address.split(":")[1], "--temp-dir", place, "--num-cpus", "2"]
     slim = ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory", str(10**8)]
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *where, *slim]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=one) as head:
         assert head.stdout
         try:
@@ -118,6 +127,34 @@ def test_a_study_trains_its_variants_on_the_cluster(cluster: str, tmp_path: Path
     records = read_json(tmp_path / "cycle" / "records.json")
     trained = list((tmp_path / "representations").glob("*/model.safetensors"))
     assert trained and len(records) >= len(trained)
+
+
+@pytest.mark.slow
+def test_a_cluster_may_want_the_token_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    home = {"HOME": str(tmp_path)}
+    code = "import sys; from weightspace.zoo.cluster import connected\nwith connected(sys.argv[1]) as cpus: print(cpus)"
+    with started({**home, "RAY_AUTH_MODE": "token"}) as address:
+        words = [sys.executable, "-c", code, address]
+        done = subprocess.run(words, env={**os.environ, **home}, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n", done.stderr
+
+
+@pytest.mark.slow
+def test_work_that_no_machine_can_take_is_told(
+    cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster_module, "SILENCE", 0.2)
+    with connected(cluster) as processors:
+        assert processors == 2
+        with pytest.raises(
+            UserError, match=r"every job needs 1 CPU and 1 GPU of one machine, which none .*\(in all 2 CPU and 0 GPU\)"
+        ):
+            list(over(lambda job: job, [1], gpu=True))
+        assert sorted(over(lambda job: time.sleep(1) or job, [1, 2, 3])) == [1, 2, 3]
+    told = capsys.readouterr().err
+    assert told.count("the cluster: 3 jobs run or wait, free are") == told.count("of 2 CPU") == 1
 
 
 def test_addresses_that_do_not_answer() -> None:

@@ -7,17 +7,21 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from weightspace.networks.architectures import TRUSTED
-from weightspace.runs import RunFailed, UserError
+from weightspace.runs import RunFailed, UserError, notice
 
 ATTEMPTS = 5
 """How often a job whose worker was lost is started again."""
 PATIENCE = 10.0
 """Seconds in which a cluster has to answer."""
+
+SILENCE = 60.0
+"""Seconds without a result after which it is told what the cluster has free."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -34,6 +38,8 @@ def connected(address: str) -> Iterator[int]:
     Raises:
         UserError: the extra is not installed, or nothing answers at the address.
     """
+    if address != "local":
+        _use_token()
     try:
         import ray
     except ImportError:
@@ -56,6 +62,13 @@ def connected(address: str) -> Iterator[int]:
 _START = "start one with `ray start --head` and give its address, or use --cluster local"
 
 
+def _use_token() -> None:
+    """Let Ray connect with the token of this machine: `ray start` asks for it, but nobody sends it unasked."""
+    place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if "RAY_AUTH_TOKEN" in os.environ or place.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def _probe(address: str) -> None:
     """Whether a cluster answers; asked by itself, Ray tries for minutes."""
     if not (found := re.fullmatch(r"\[?([^\]/]+?)\]?:(\d+)", address)):
@@ -72,16 +85,34 @@ def _probe(address: str) -> None:
 def over(work: Callable[[Job], Result], jobs: Sequence[Job], gpu: bool = False) -> Iterator[Result]:
     """The results of some work on jobs, as they come, one processor (and GPU) each; inside `connected`.
 
+    That nothing comes for a while is told once: the processors may be busy with the work of others.
+
     Raises:
+        UserError: no machine of the cluster has what a job needs.
         RunFailed: a job whose worker was lost again and again.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
+    needed = {"CPU": 1, "GPU": 1} if gpu else {"CPU": 1}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(machine.get(kind, 0) >= count for kind, count in needed.items()) for machine in machines):
+        raise UserError(
+            f"every job needs {_told(needed)} of one machine, which none of the cluster has (in all "
+            f"{_told(ray.cluster_resources(), needed)}); add a machine with `ray start`"
+            f"{', or compute on processors with --device cpu' if gpu else ''}"
+        )
     remote: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=ATTEMPTS)(work)
     waiting = [remote.remote(job) for job in jobs]
+    silent = False
     while waiting:
-        done, waiting = ray.wait(waiting)
+        done, waiting = ray.wait(waiting, timeout=SILENCE)
+        if not done:
+            if not silent:
+                free, whole = _told(ray.available_resources(), needed), _told(ray.cluster_resources(), needed)
+                notice(f"the cluster: {len(waiting)} jobs run or wait, free are {free} of {whole}")
+            silent = True
+            continue
         try:
             result: Any = ray.get(done[0])
         except RayTaskError as error:
@@ -94,3 +125,8 @@ def over(work: Callable[[Job], Result], jobs: Sequence[Job], gpu: bool = False) 
                 "command again, what is finished is kept"
             ) from None
         yield result
+
+
+def _told(resources: Mapping[str, float], kinds: Iterable[str] = ()) -> str:
+    """Resources of machines in words: 2 CPU and 0 GPU."""
+    return " and ".join(f"{resources.get(kind, 0):g} {kind}" for kind in kinds or resources)
