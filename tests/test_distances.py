@@ -181,6 +181,15 @@ def test_two_samples() -> None:
     assert distances.two_sample(x, x) == (1, 1)
 
 
+def test_the_paired_test_is_scipys_and_sees_what_spread_hides() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=30)
+    second = first + rng.normal(0.1, 0.1, size=30)
+    assert distances.paired(second - first) == pytest.approx(stats.ttest_rel(second, first).pvalue)
+    assert distances.paired(second - first) < 0.001 < 0.5 < distances.two_sample(first, second)[0]
+    assert math.isnan(distances.paired(np.zeros(5))) and math.isnan(distances.paired(np.ones(1)))
+
+
 def test_two_constant_samples_have_no_t_test() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import linregress
+from scipy.stats import linregress, ttest_ind, ttest_rel
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
@@ -129,6 +129,25 @@ def test_perfect_reconstruction_scores_perfectly(tiny_zoo: ModelZoo) -> None:
     assert found["structural R2"] == pytest.approx(0, abs=1e-5)
     assert found["identity"] == pytest.approx(1 / len(originals))  # one network for all is nearest to one of them
     assert found["reconstructed accuracy"] != records["reconstructed accuracy"]
+
+
+def test_accuracies_are_tested_over_members_not_checkpoints(
+    representation: HyperRepresentation, tiny_zoo: ModelZoo
+) -> None:
+    originals = tiny_zoo.select(split="test", epoch=[1, 2])
+    again = representation.reconstruct(originals)
+    rows = compare(originals, again, {"digits": load_task("digits")}, representation.cpu_tokens)
+    records = {r["metric"]: r for r in summarize(rows, "r", "test")}
+    means = rows.groupby("member")[["original_acc", "reconstructed_acc"]].mean()
+    assert 2 < len(means) < len(rows)
+    welch = ttest_ind(means["original_acc"], means["reconstructed_acc"], equal_var=False).pvalue
+    assert records["accuracy: t-test p"]["mean"] == pytest.approx(welch)
+    related = ttest_rel(means["original_acc"], means["reconstructed_acc"]).pvalue
+    assert records["accuracy: paired t-test p"]["mean"] == pytest.approx(related)
+    assert records["accuracy: paired t-test p"]["n"] == len(means)
+    assert records["best reconstructed accuracy"]["mean"] == rows["reconstructed_acc"].max()
+    twice = {r["metric"]: r for r in summarize(pd.concat([rows, rows], ignore_index=True), "r", "test")}
+    assert twice["accuracy: KS p"]["mean"] == records["accuracy: KS p"]["mean"]  # equal rows add no evidence
 
 
 def test_pca_equals_sklearn() -> None:

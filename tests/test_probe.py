@@ -173,6 +173,23 @@ def test_majority_class_is_that_of_training(make_zoo: MakeZoo, representations: 
         assert value[MAJORITY, split, "accuracy number"] == pytest.approx((rows["number"] == 0).mean())
 
 
+def test_all_categories_come_beside_those_that_are_named(
+    make_zoo: MakeZoo, representations: dict[str, HyperRepresentation]
+) -> None:
+    zoo = make_zoo(backdoor=np.arange(240) // 2 % 2, number=np.arange(240) // 2 % 3)
+    for asked, expected in (
+        (("all",), {"init", "backdoor"}),
+        (("all", "number"), {"init", "backdoor", "number"}),
+        (("backdoor",), {"backdoor"}),
+    ):
+        records, predictions, _ = probe(zoo, representations, dataclasses.replace(CONFIG, categories=asked))
+        classified = {r["metric"].removeprefix("accuracy ") for r in records if r["metric"].startswith("accuracy ")}
+        assert classified == expected
+    config = dataclasses.replace(CONFIG, properties=("all", "backdoor"), categories=("init",))
+    predictions = probe(make_zoo(backdoor=1), representations, config)[1]
+    assert {"test_acc", "luck", "backdoor"} <= set(predictions["property"])  # the constant one since it is named
+
+
 def test_the_map_shows_the_zoo_itself(
     probed: tuple[list[dict[str, Any]], pd.DataFrame, pd.DataFrame], zoo: ModelZoo
 ) -> None:

@@ -17,6 +17,7 @@ from scipy import stats
 
 from weightspace import studies
 from weightspace.config import PRESETS, SCALES, Experiment, GenerateConfig, StudyConfig, check, network_for
+from weightspace.downstream import metrics
 from weightspace.report.study import make_study_report
 from weightspace.runs import UserError
 from weightspace.studies import STUDIES, Lab, Variant, foreign_of, others, over_seeds, run_study
@@ -126,6 +127,27 @@ def test_over_seeds_is_a_t_interval() -> None:
     record = over_seeds("reconstruct", "r", "test", "skill", values)
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     assert (record["mean"], record["low"], record["high"], record["n"]) == pytest.approx((0.75, low, high, 3))
+
+
+def test_a_study_at_several_seeds_is_one_table_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(lab: Lab) -> list[dict[str, Any]]:
+        values = {"skill": (0.5, 0.7, 0.9)[lab.base.seed - 4], "accuracy: KS p": 0.01}
+        made = [metrics.record("reconstruct", "beta 0", "test", name, value) for name, value in values.items()]
+        (lab.own / "mark").mkdir(parents=True)
+        return [studies.placed(record, lab.variant(x=0.0, group="g")) for record in made]
+
+    monkeypatch.setitem(STUDIES, "beta", dataclasses.replace(STUDIES["beta"], run=run, metrics=("skill",)))
+    monkeypatch.setattr("weightspace.report.study.STAGES", ())
+    base = dataclasses.replace(tiny(), seed=4)
+    page = run_study("beta", base, tmp_path, CPU, seeds=3)
+    assert page.parent.parent == tmp_path / "beta-3-seeds"
+    assert sorted(path.parent.name for path in tmp_path.glob("*/*/mark")) == ["seed-4", "seed-5", "seed-6"]
+    (record,) = json.loads((tmp_path / "beta-3-seeds" / "records.json").read_text())
+    expected = over_seeds("reconstruct", "beta 0", "test", "skill", np.array([0.5, 0.7, 0.9]))
+    assert record == {**expected, "x": 0.0, "group": "g", "variant": True}
+    for name, seeds, least in (("beta", 0, 1), ("seeds", 1, 2)):
+        with pytest.raises(UserError, match=f"the study {name} needs at least {least} seeds, given --seeds {seeds}"):
+            run_study(name, base, tmp_path, CPU, seeds=seeds)
 
 
 @pytest.mark.parametrize("scale", list(SCALES))

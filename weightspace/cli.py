@@ -404,6 +404,8 @@ class RunStudy:
     """task whose images are foreign queries (default: see `weightspace run --help`, study.foreign)"""
     others: tuple[str, ...] = ()
     """further tasks of multi-task zoos, transfer and fine-tuning (default: see study.others)"""
+    seeds: int | None = None
+    """seeds, from --seed on, at which it is run, for means and intervals over seeds (default: one; `seeds`: three)"""
     device: Device = "auto"
     cluster: Cluster = None
 
@@ -417,8 +419,9 @@ class RunStudy:
         command = f"weightspace study {self.study} --task {self.task} --scale {self.scale} --seed {self.seed}"
         command += f" --foreign {self.foreign}" if self.foreign else ""
         command += f" --others {' '.join(self.others)}" if self.others else ""
+        command += f" --seeds {self.seeds}" if self.seeds else ""
         folder = self.out or Path("runs") / "studies" / name
-        page = run_study(self.study, base, folder, choose_device(self.device), command, self.cluster)
+        page = run_study(self.study, base, folder, choose_device(self.device), command, self.cluster, self.seeds)
         print(f"page: {page}")
 
 

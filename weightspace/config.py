@@ -270,9 +270,10 @@ class ProbeConfig:
     """Prediction of properties from embeddings, weight statistics and raw weights."""
 
     properties: tuple[str, ...] = ("test_acc", "gap", "epoch")
-    """columns of the zoo that are predicted ("all": every numeric one)"""
+    """columns of the zoo that are predicted ("all": every numeric one, beside those that are named)"""
     categories: tuple[str, ...] = ("all",)
-    """columns of the zoo that are classified ("all": every one of text with few values)"""
+    """columns of the zoo that are classified ("all": every one of text with few values, and `backdoor`, beside those
+    that are named)"""
     epochs: tuple[int, ...] = ()
     """epochs of the zoo that are used (default: all)"""
     penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from weightspace import runs
 from weightspace.config import AutoencoderConfig, Experiment, GenerateConfig, LossConfig, PretrainConfig, ProbeConfig
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS
+from weightspace.downstream.distances import paired
 from weightspace.downstream.generate import choose_anchors, titles
 from weightspace.downstream.probe import by_epoch
 from weightspace.downstream.samplers import SAMPLERS, kde
@@ -48,8 +49,6 @@ from weightspace.zoo.spectrum import components, spectrum_study, variance_along
 Records = list[dict[str, Any]]
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Where a study looks for every variant's own learning rate."""
-SEEDS = 3
-"""Seeds of the study of seeds."""
 PUBLISHED = ("svhn", "cifar10", "eurosat")
 """The tasks of the paper."""
 LENET5 = "LeNet5"
@@ -89,11 +88,22 @@ class Lab:
     device: torch.device
     processors: int = 0
     """of a connected Ray cluster; 0: everything is trained here"""
+    seeds: int = 1
+    """from the base's on, at which the study is run"""
 
     @property
     def own(self) -> Path:
         """The folder of the study at work."""
         return self.folder / self.study
+
+    def at_seeds(self) -> list[Lab]:
+        """The lab at each of its seeds, with a folder of its own in the study's."""
+        return [
+            dataclasses.replace(
+                self, base=dataclasses.replace(self.base, seed=seed), study=f"{self.study}/seed-{seed}", seeds=1
+            )
+            for seed in range(self.base.seed, self.base.seed + self.seeds)
+        ]
 
     def zoo(self, **changes: Any) -> ModelZoo:
         """The zoo of the base experiment with some fields of its ZooConfig changed."""
@@ -272,22 +282,31 @@ class Study:
     """what its table and figure show"""
     x: str = ""
     """what the variants' x is"""
+    seeds: int = 1
+    """seeds that it compares by itself"""
 
 
 STUDIES: dict[str, Study] = {}
 
 
-def study(*shown: str, x: str = "") -> Callable[[Callable[[Lab], Records]], Callable[[Lab], Records]]:
+def study(*shown: str, x: str = "", seeds: int = 1) -> Callable[[Callable[[Lab], Records]], Callable[[Lab], Records]]:
     """Register a function as the study of its name; the first line of its docstring is the question."""
 
     def register(run: Callable[[Lab], Records]) -> Callable[[Lab], Records]:
-        STUDIES[run.__name__] = Study((run.__doc__ or "").splitlines()[0], run, shown, x)
+        STUDIES[run.__name__] = Study((run.__doc__ or "").splitlines()[0], run, shown, x, seeds)
         return run
 
     return register
 
 
-@study(*WHOLE, "learning rate")
+@study(
+    *WHOLE,
+    "weight distance",
+    "reconstructed accuracy",
+    "best reconstructed accuracy",
+    "best accuracy",
+    "learning rate",
+)
 def losses(lab: Lab) -> Records:
     """Which of the three losses does it take? All seven combinations, each tuned over the same learning rates."""
     variants = {
@@ -510,29 +529,48 @@ def spectrum(lab: Lab) -> Records:
     return records
 
 
-@study(*FIDELITY, "R2 test_acc", "mean accuracy", "diversity in behavior")
+@study(
+    *FIDELITY,
+    "skill: paired t-test p",
+    "identity: paired t-test p",
+    "R2 test_acc",
+    "mean accuracy",
+    "diversity in behavior",
+    seeds=3,
+)
 def seeds(lab: Lab) -> Records:
     """How much is chance? Zoo and representations from several seeds: intervals over seeds, and paired tests."""
-    found, variants = [], lab.both()
-    for seed in range(lab.base.seed, lab.base.seed + SEEDS):
-        at = dataclasses.replace(lab, base=dataclasses.replace(lab.base, seed=seed))
-        found.append(pd.DataFrame(at.compare(at.zoo(), variants, where=f"seed-{seed}")).assign(seed=seed))
-    frame = pd.concat(found)
-    records = []
-    for key, rows in frame.groupby(["stage", "representation", "split", "metric", "variant"], sort=False):
-        stage, name, split, metric, variant = cast(tuple[str, str, str, str, bool], key)
-        record = over_seeds(stage, name, split, metric, rows["mean"].to_numpy(float))
-        records.append(placed(record, lab.variant() if variant else None))
-    paired = frame.pivot_table(index=["stage", "split", "metric", "seed"], columns="representation", values="mean")
-    gain = (paired[BEHAVIOR] - paired[STRUCTURE]).dropna()
+    variants = lab.both()
+    found = [at.compare(at.zoo(), variants) for at in lab.at_seeds()]
+    frame = pd.concat([pd.DataFrame(some).assign(seed=seed) for seed, some in enumerate(found)])
+    frame = frame[~frame["metric"].str.endswith(P_VALUE)]
+    by_name = frame.pivot_table(index=["stage", "split", "metric", "seed"], columns="representation", values="mean")
+    gain = (by_name[BEHAVIOR] - by_name[STRUCTURE]).dropna()
+    records = averaged(found)
     for key, values in gain.groupby(level=["stage", "split", "metric"], sort=False):
         stage, split, metric = cast(tuple[str, str, str], key)
         differences = values.to_numpy(float)
         record = over_seeds(stage, "gain of behavior", split, metric, differences)
-        p = float(stats.ttest_1samp(differences, 0.0)[1]) if np.ptp(differences) > 0 else None
-        test = metrics.record(stage, "gain of behavior", split, f"{metric}: paired t-test p", p, n=len(differences))
+        name, p = f"{metric}: paired t-test{P_VALUE}", paired(differences)
+        test = metrics.record(stage, "gain of behavior", split, name, p, n=len(differences))
         records += [placed(record, lab.variant()), placed(test, lab.variant())]
     return records
+
+
+P_VALUE = " p"
+"""How the names of metrics end that are p values; they are not averaged."""
+
+
+def averaged(found: Sequence[Records]) -> Records:
+    """The records of a study at several seeds as one: means over seeds with their intervals."""
+    same: dict[tuple[str, str, str, str], Records] = {}
+    for record in (record for some in found for record in some if not record["metric"].endswith(P_VALUE)):
+        key = record["stage"], record["representation"], record["split"], record["metric"]
+        same.setdefault(key, []).append(record)
+    return [
+        {**records[0], **over_seeds(*key, np.array([record["mean"] for record in records], float))}
+        for key, records in same.items()
+    ]
 
 
 def over_seeds(stage: str, name: str, split: str, metric: str, values: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -627,7 +665,13 @@ def foreign_of(base: Experiment) -> str:
 
 
 def run_study(
-    name: str, base: Experiment, folder: Path, device: torch.device, command: str = "", cluster: str | None = None
+    name: str,
+    base: Experiment,
+    folder: Path,
+    device: torch.device,
+    command: str = "",
+    cluster: str | None = None,
+    seeds: int | None = None,
 ) -> Path:
     """Run one study in its folder, or go on with it, and draw its page.
 
@@ -638,23 +682,33 @@ def run_study(
         device: where to train.
         command: what the page says made it.
         cluster: address of a Ray cluster, see `connected`, whose machines share the folder.
+        seeds: how many seeds it is run at, from the base's on, in folder/NAME-N-seeds: its table then has means and
+            intervals over seeds (default: one; the study `seeds` has three).
 
     Returns:
         The path of its page.
 
     Raises:
-        UserError: no such study, a folder that holds something else.
+        UserError: no such study, too few seeds, a folder that holds something else.
         RunFailed: a stage that could not go on.
     """
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}; the studies are {', '.join(STUDIES)}")
-    chosen, lab = STUDIES[name], Lab(base, folder.resolve() if cluster else folder, name, device)
-    claim = {"study": name, "base": dataclasses.asdict(base), "learning_rates": LEARNING_RATES, "seeds": SEEDS}
+    chosen = STUDIES[name]
+    compares = chosen.seeds > 1
+    if seeds is not None and seeds < 1 + compares:
+        raise UserError(f"the study {name} needs at least {1 + compares} seeds, given --seeds {seeds}")
+    count = seeds or chosen.seeds
+    title = name if count == chosen.seeds else f"{name}-{count}-seeds"
+    lab = Lab(base, folder.resolve() if cluster else folder, title, device, seeds=count)
+    claim = {"study": name, "base": dataclasses.asdict(base), "learning_rates": LEARNING_RATES, "seeds": count}
     with runs.stage(lab.own, "study", claim) as todo:
         if todo:
             with connected(cluster) if cluster else nullcontext(0) as processors:
-                records = chosen.run(dataclasses.replace(lab, processors=processors))
+                lab = dataclasses.replace(lab, processors=processors)
+                alone = count == 1 or compares
+                records = chosen.run(lab) if alone else averaged([chosen.run(at) for at in lab.at_seeds()])
             write_json(lab.own / "records.json", records)
-            about = {"name": name, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "command": command}
+            about = {"name": title, "question": chosen.question, "task": ", ".join(base.zoo.tasks), "command": command}
             write_json(lab.own / STUDY_FILE, {**about, "metrics": list(chosen.metrics), "x": chosen.x})
     return make_study_report(lab.own)

@@ -85,17 +85,25 @@ def model_distances(first: Checkpoints, second: Checkpoints, outputs: Outputs, o
     return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
 
 
+def _p_value(test: Any) -> float:
+    return float(test.pvalue)
+
+
+def paired(differences: Array) -> float:
+    """p value of the paired t-test that the mean of some differences is zero; NaN where they do not vary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nearly constant differences
+        return _p_value(stats.ttest_1samp(differences, 0.0)) if np.ptp(differences) > 0 else float("nan")
+
+
 def two_sample(first: Array, second: Array) -> tuple[float, float]:
     """p values of Welch's t-test (one mean) and of the Kolmogorov-Smirnov test (one distribution) of two samples.
 
     The t-test of two constant samples is NaN; the other uses the asymptotic distribution.
     """
 
-    def p_value(test: Any) -> float:
-        return float(test.pvalue)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of nearly constant samples, whose p value is what it is
         varied = max(np.ptp(first), np.ptp(second)) > 0
-        t_test = p_value(stats.ttest_ind(first, second, equal_var=False)) if varied else np.nan
-        return t_test, p_value(stats.ks_2samp(first, second, method="asymp"))
+        t_test = _p_value(stats.ttest_ind(first, second, equal_var=False)) if varied else np.nan
+        return t_test, _p_value(stats.ks_2samp(first, second, method="asymp"))

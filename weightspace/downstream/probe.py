@@ -37,6 +37,8 @@ CLASSES = 20
 """Most values of a column of text that is taken for a category."""
 NAMES = ["split", "source", "digest"]
 """Columns of text that say which checkpoint it is, and are no property of it."""
+FLAGS = ["backdoor"]
+"""Columns of 0 and 1 that are categories."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Array = np.ndarray[Any, Any]
@@ -123,7 +125,7 @@ def probe(
         zoo: probes are fitted on its split 'train' and their penalty is chosen on 'val'.
         representations: name -> representation.
         config: what is probed ("all": every property that `numeric_properties` finds, every category that
-            `text_columns` finds), at which epochs.
+            `categorical_columns` finds), at which epochs.
         others: further zoos of the same base network, scored whole as splits of their names.
 
     Returns:
@@ -147,10 +149,10 @@ def probe(
     checkpoints = {split: _chosen(zoo, config, split) for split in own}
     checkpoints |= {name: _chosen(other, config, None) for name, other in others.items()}
     frames = [part.frame for part in checkpoints.values()]
-    properties = numeric_properties(frames) if "all" in config.properties else config.properties
+    properties = union(config.properties, numeric_properties(frames))
     if unknown := [name for name in properties if not all(np.isfinite(frame[name]).all() for frame in frames)]:
         raise UserError(f"{', '.join(unknown)} is missing or infinite for some checkpoints; probe other properties")
-    asked = text_columns(frames) if "all" in config.categories else config.categories
+    asked = union(config.categories, categorical_columns(frames))
     categories = [column for column in asked if checkpoints["train"].frame[column].nunique() > 1]
     if skipped := sorted(set(asked) - set(categories)):
         notice(f"not classified, since all training members have the same: {', '.join(skipped)}")
@@ -229,9 +231,21 @@ def numeric_properties(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
     )
 
 
-def text_columns(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
-    """Every column of text that all frames hold without gaps, with 2 to CLASSES values in the first; no NAMES."""
-    first, *others = (frame.select_dtypes(exclude="number").drop(columns=NAMES, errors="ignore") for frame in frames)
+def union(asked: Sequence[str], found: Sequence[str]) -> tuple[str, ...]:
+    """The names that are asked for; "all" stands for those that were found."""
+    names = [name for each in asked for name in (found if each == "all" else (each,))]
+    return tuple(dict.fromkeys(names))
+
+
+def categorical_columns(frames: Sequence[pd.DataFrame]) -> tuple[str, ...]:
+    """Every column of text (but NAMES) and of FLAGS that all frames hold without gaps, with 2 to CLASSES values in the
+    first."""
+
+    def candidates(frame: pd.DataFrame) -> pd.DataFrame:
+        flags = frame[[name for name in FLAGS if name in frame]]
+        return frame.select_dtypes(exclude="number").drop(columns=[*NAMES, *flags], errors="ignore").join(flags)
+
+    first, *others = map(candidates, frames)
     return tuple(
         str(name)
         for name in first
