@@ -22,6 +22,7 @@ from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, checksum, locked
 from weightspace.zoo.model_zoo import TABLE_FILE, ZOO_FILE, ModelZoo, described, shard_name, verify
 from weightspace.zoo.repair import repair
+from weightspace.zoo.tables import read_parquet
 
 
 @pytest.fixture
@@ -308,3 +309,31 @@ def test_a_zoo_takes_no_more_memory_than_its_files(zoo: ModelZoo) -> None:
     with pytest.raises(UserError, match=r"162 checkpoints of 11,032 bytes are not in it"):
         ModelZoo.open(zoo.folder)
     assert isinstance(zoo.read(zoo.frame.iloc[:2]), Checkpoints)
+
+
+@pytest.mark.parametrize("dictionaries", [True, False])
+def test_the_table_of_a_zoo_takes_no_more_memory_than_a_table_should(zoo: ModelZoo, dictionaries: bool) -> None:
+    table = zoo.folder / TABLE_FILE
+    words = pd.DataFrame({"word": ["x" * (6 * 2**20)] * len(zoo)})
+    pd.concat([zoo.frame, words], axis=1).to_parquet(
+        table, index=False, compression="zstd", use_dictionary=dictionaries, dictionary_pagesize_limit=2**25
+    )
+    assert table.stat().st_size < 2**20
+    description = json.loads((zoo.folder / ZOO_FILE).read_text())
+    description["files"][TABLE_FILE] = described(table)
+    (zoo.folder / ZOO_FILE).write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"checkpoints.parquet cannot be read \(.* are not read\)"):
+        ModelZoo.open(zoo.folder)
+    assert any("are not read" in problem for problem in verify(zoo.folder))
+    with pytest.raises(UserError, match="are not read"):
+        repair(zoo.folder)
+
+
+def test_tables_are_read_as_pandas_reads_them(zoo: ModelZoo, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": ["x", None, "yy"], "b": [1, 2, 3], "c": [b"1", None, b""], "d": [1.0, None, 3.0]})
+    frame["e"] = pd.Categorical(["u", "v", "u"])
+    for each in (frame, frame.iloc[:0], zoo.frame):
+        each.to_parquet(tmp_path / "table.parquet", index=False)
+        pd.testing.assert_frame_equal(
+            read_parquet(tmp_path / "table.parquet"), pd.read_parquet(tmp_path / "table.parquet")
+        )

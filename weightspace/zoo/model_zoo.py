@@ -34,6 +34,7 @@ from weightspace.runs import (
     write_json,
     write_tensors,
 )
+from weightspace.zoo.tables import read_parquet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ class ModelZoo:
             one = 4 * sum(math.prod(shape) for shape in description["parameters"].values())
             if one * count > sum(file["bytes"] for file in description["files"].values()):
                 raise UserError(f"the zoo {folder} is damaged: {count:,} checkpoints of {one:,} bytes are not in it")
-            frame = pd.read_parquet(folder / TABLE_FILE)
+            frame = read_parquet(folder / TABLE_FILE)
         except (OSError, ValueError) as error:
             raise UserError(f"the zoo {folder} is damaged: {TABLE_FILE} cannot be read ({error})") from None
         missing = [column for column in REQUIRED_COLUMNS if column not in frame]
@@ -318,7 +319,10 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{name} has changed since it was written (its checksum differs)")
     if problems:
         return problems
-    frame = pd.read_parquet(folder / TABLE_FILE)
+    try:
+        frame = read_parquet(folder / TABLE_FILE)
+    except (OSError, ValueError) as error:
+        return [f"{TABLE_FILE} cannot be read ({error})"]
     problems = list(_problems_of_table(frame, description))
     if problems:
         return problems

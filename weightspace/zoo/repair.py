@@ -28,6 +28,7 @@ from weightspace.zoo.model_zoo import (
     shard_name,
     verify,
 )
+from weightspace.zoo.tables import read_parquet
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,13 +51,12 @@ def repair(folder: Path) -> tuple[int, pd.DataFrame, Path]:
     made, aside = folder.with_name(f"{folder.name}.repaired"), _aside(folder)
     if not folder.exists() and (made / ZOO_FILE).exists():  # killed between the two renames
         made.rename(folder)
-        return len(pd.read_parquet(folder / TABLE_FILE)), pd.DataFrame(), folder
+        return len(read_parquet(folder / TABLE_FILE)), pd.DataFrame(), folder
     if not verify(folder):
         raise UserError(f"the zoo {folder} is intact; there is nothing to repair")
     with locked(folder):
         description = read_json(folder / ZOO_FILE)
-        _check_table(folder, description)
-        frame = pd.read_parquet(folder / TABLE_FILE)
+        frame = _table(folder, description)
         architecture = Architecture(**description["architecture"])
         if {name: list(shape) for name, shape in architecture.shapes.items()} != description["parameters"]:
             raise UserError(f"{folder} was written for another {architecture}; give the base network as it was")
@@ -93,8 +93,8 @@ def _aside(folder: Path) -> Path:
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
-def _check_table(folder: Path, description: Any) -> None:
-    """Raise a UserError unless zoo.json is one, and the table is as it was written."""
+def _table(folder: Path, description: Any) -> pd.DataFrame:
+    """The rows; raises a UserError unless zoo.json is one, and the table is as it was written."""
     advice = "restore it from a copy, or make the zoo again"
     if not isinstance(description, dict) or not {"files", "architecture", "parameters"} <= description.keys():
         raise UserError(f"{folder / ZOO_FILE} is damaged, without it nothing can be repaired; {advice}")
@@ -107,6 +107,10 @@ def _check_table(folder: Path, description: Any) -> None:
     table = folder / TABLE_FILE
     if not table.is_file() or described(table) != description["files"].get(TABLE_FILE):
         raise UserError(f"{table} is damaged or missing, and it alone says which checkpoint is which; {advice}")
+    try:
+        return read_parquet(table)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{table} cannot be read ({error}); {advice}") from None
 
 
 def salvaged(path: Path, count: int, shapes: Shapes) -> Iterator[dict[str, torch.Tensor]]:

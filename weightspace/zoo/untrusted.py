@@ -25,18 +25,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pyarrow import parquet
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from weightspace.networks.fitting import WRAPPERS, natural
+from weightspace.zoo.tables import LARGEST_TEXT, TooLarge, read_parquet
 
 LARGEST_FILE = 16 * 2**30
 """Bytes of the largest file that is read."""
-LARGEST_TEXT = 256 * 2**20
-"""Bytes of the largest JSON or table, unpacked."""
-LARGEST_TABLE = 20_000_000
-"""Cells of the largest Parquet table."""
 LARGEST_HEADER = 16 * 2**20
 """Bytes of the largest header of a tar archive."""
 MOST_ENTRIES = 2_000_000
@@ -219,7 +215,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(path: Path, parse: Callable[[], Any]) -> Any:
     try:
         return parse()
-    except Unreadable:
+    except (Unreadable, TooLarge):
         raise
     except Exception as error:  # as above
         raise Unreadable(_reason(error).replace("a file of weights", f"a {path.suffix or 'readable'} file")) from None
@@ -262,20 +258,11 @@ def read_table(path: Path) -> pd.DataFrame:
         return _parsed(path, lambda: pd.DataFrame(read_json_lines(path)))
     if endings == "parquet":
         _size(path, LARGEST_FILE)
-        return _parsed(path, lambda: _read_parquet(path))
+        try:
+            return _parsed(path, lambda: read_parquet(path))
+        except TooLarge as error:
+            raise Unreadable(str(error)) from None
     raise Unreadable("no table that can be read: name it .csv, .csv.gz, .jsonl or .parquet")
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    """A Parquet file; text stays in dictionaries, so that a long word repeated a million times is there once."""
-    with parquet.ParquetFile(path) as file:
-        cells, size = file.metadata.num_rows * file.metadata.num_columns, file.metadata.num_rows
-        packed = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        if cells > LARGEST_TABLE or packed > LARGEST_TEXT:
-            raise Unreadable(f"a table of {size:,} rows and {cells:,} cells; over {LARGEST_TABLE:,} are not read")
-        text = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string", "binary")]
-    with parquet.ParquetFile(path, read_dictionary=text) as file:
-        return file.read().to_pandas()
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
