@@ -434,6 +434,28 @@ def test_zoo_properties_are_those_of_pandas(reported: tuple[Path, Path]) -> None
     assert f"| test accuracy | 40 | {zoo.loc[zoo['epoch'] == 25, 'test_acc'].mean():.4g} |" in text
 
 
+def test_results_hold_the_properties_of_the_zoo(reported: tuple[Path, Path]) -> None:
+    run, folder = reported
+    shown = pd.read_csv(folder / "tables" / "zoo_properties.csv", index_col="property")
+    results = json.loads((run / "results.json").read_text())
+    found = {entry["metric"]: entry for entry in results if entry["stage"] == "zoo"}
+    for name in shown.index:
+        assert found[f"{name}: mean"]["n"] == shown.loc[name, "count"]
+        for statistic in ("mean", "deviation", "min", "25%", "median", "75%", "max"):
+            assert found[f"{name}: {statistic}"]["mean"] == pytest.approx(shown.loc[name, statistic])
+    assert "deviation" not in (folder / "tables" / "zoo.csv").read_text()  # they have a table of their own
+
+
+def test_a_zoo_alone_has_a_page(tmp_path: Path) -> None:
+    write_zoo(tmp_path, np.random.default_rng(0))
+    zoo = (tmp_path / "zoo").rename(tmp_path / "my zoo")
+    page = make_report(zoo, zoo / "report").read_text()
+    assert "my zoo" in page and "40 members" in page and "Not in this run" not in page
+    assert {path.stem for path in (zoo / "report" / "figures").glob("*.svg")} == {"zoo_accuracy", "zoo_hyperparameters"}
+    assert {path.stem for path in (zoo / "report" / "tables").glob("*.csv")} == {"zoo", "zoo_properties"}
+    assert {entry["stage"] for entry in json.loads((zoo / "results.json").read_text())} == {"zoo"}
+
+
 def test_only_a_smoke_run_is_told_to_mean_nothing(tmp_path: Path) -> None:
     write_zoo(tmp_path, np.random.default_rng(0))
     for name, told in (("smoke", True), ("digits", False)):
@@ -549,6 +571,15 @@ def test_a_study_shows_what_its_stages_left(study_report: Path) -> None:
     assert not re.search(r"https?://|@import|url\(|<script", page)
     for target in re.findall(r'(?:src|href)="([^"]*)"', page):
         assert target.startswith(("data:", "#")) or (study_report / target).is_file(), target
+
+
+def test_a_study_shows_the_zoo_that_it_scored(tmp_path: Path) -> None:
+    write_zoo(write_small_study(tmp_path), np.random.default_rng(0))
+    report = make_study_report(tmp_path).parent
+    drawn = {path.stem for path in (report / "figures").glob("*.svg")}
+    assert {"zoo_accuracy", "zoo_hyperparameters"} < drawn
+    assert (report / "tables" / "zoo_properties.csv").is_file()
+    assert 'href="tables/zoo_properties.csv"' in (report / "index.html").read_text()
 
 
 def test_metrics_of_a_study_may_lie_in_one_file(tmp_path: Path) -> None:
@@ -671,6 +702,18 @@ def test_a_number_far_below_does_not_stretch_a_panel() -> None:
         low, _ = axes.get_xlim() if x is None else axes.get_ylim()
         assert low > -1
         assert len([line for line in axes.lines if str(line.get_marker()) in "<v" and len(points(line))]) == 1
+
+
+def test_training_curves_show_every_loss_and_probe() -> None:
+    values = {"total": 1.0, "contrastive": 0.9, "cycle": 0.3, "agreement": 0.5, "R2 test_acc": -0.2, "R2 gap": -80.0}
+    lines = [{"step": step, "val": {key: value / (step + 1) for key, value in values.items()}} for step in (0, 1, 2)]
+    drawn = figures.training_curves({"r": lines}, figures.styles(["r"], []))
+    titles = [axes.get_title() for axes in drawn.axes]
+    expected = ["total loss", "contrastive loss $L_C$", "cycle loss $L_{cycle}$", "agreement"]
+    assert titles == [*expected, "R² test accuracy", "R² generalization gap"]
+    for axes, value in zip(drawn.axes, values.values(), strict=True):
+        np.testing.assert_allclose(points(axes.lines[0])[:, 1], [value, value / 2, value / 3])
+    assert drawn.axes[4].get_ylim()[0] > -1.1 and drawn.axes[4].get_ylabel() == "share of variance"
 
 
 def test_histograms_hold_every_network_once() -> None:

@@ -427,10 +427,10 @@ class RunStudy:
 
 @dataclass(frozen=True)
 class Report:
-    """Draw the page, figures and tables of a run or a study again (a run's results.json too)."""
+    """Draw the page, figures and tables of a run or a study again (a run's results.json too), or those of a zoo."""
 
     run: Folder
-    """folder of the run, or of one study"""
+    """folder of the run, of one study, or of a zoo"""
 
     def __call__(self) -> None:
         from weightspace.report.page import make_report

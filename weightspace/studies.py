@@ -226,6 +226,7 @@ class Lab:
         folder = self.own / where
         probes = dataclasses.replace(self.base.probe, **_fields(ProbeConfig, changes))
         generation = dataclasses.replace(self.base.generate, **_fields(GenerateConfig, changes))
+        write_table(folder / "zoo" / "checkpoints.parquet", zoo.frame)  # for the overview on the page
         records = probe_stage(folder / "probe", zoo, trained, probes)
         write_table(
             folder / "probe_epochs.parquet", by_epoch(pd.read_parquet(folder / "probe" / "predictions.parquet"))

@@ -343,7 +343,7 @@ def probe_curves(frame: pd.DataFrame, looks: Styles) -> Figure:
 
 @styled
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], looks: Styles) -> Figure:
-    """Validation losses and agreement by step, a line per representation {name: lines of metrics.jsonl}.
+    """Validation losses, agreement and probes by step, a line per representation {name: lines of metrics.jsonl}.
 
     A dot marks the step of lowest validation total, whose weights are the representation.
     """
@@ -351,9 +351,12 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], looks: S
         "total": "total loss",
         "structural": "structural loss $L_S$",
         "behavioral": "behavioral loss $L_B$",
+        "contrastive": "contrastive loss $L_C$",
+        "cycle": "cycle loss $L_{cycle}$",
         "agreement": "agreement",
     }
-    recorded = {key for lines in metrics.values() for line in lines for key in line.get("val") or {}}
+    recorded = {key: None for lines in metrics.values() for line in lines for key in line.get("val") or {}}
+    keys |= {key: label(key) for key in recorded if key.startswith("R2 ")}
     shown = [key for key in keys if key in recorded]
     figure, grid = panels(len(shown), height=2.15, columns=2)
     for i, (axes, key) in enumerate(zip(grid, shown, strict=True)):
@@ -372,13 +375,22 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], looks: S
             drawn += found
         axes.set_title(keys[key])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if key != "agreement" and drawn and min(drawn) > 0 and max(drawn) > 8 * min(drawn):
+        unit = (
+            "share of queries"
+            if key == "agreement"
+            else "share of variance"
+            if key.startswith("R2 ")
+            else "validation loss"
+        )
+        if unit == "validation loss" and drawn and min(drawn) > 0 and max(drawn) > 8 * min(drawn):
             log_scale(axes)
+        if key.startswith("R2 ") and drawn and max(drawn) > -1:  # one far below -1 does not stretch the panel
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], -1.05))
         if i + 2 >= len(shown):
             axes.set_xlabel("training steps")
         else:
             axes.tick_params(labelbottom=False)
-        axes.set_ylabel("share of queries" if key == "agreement" else "validation loss")
+        axes.set_ylabel(unit)
     lined_legend(figure, metrics, looks, lambda name: {"linestyle": looks[name].dashes})
     return figure
 

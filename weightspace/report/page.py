@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,9 @@ class Contents:
     representations: dict[str, dict[str, Any]]
     """config.json per representation."""
     records: list[dict[str, Any]]
-    """All tidy records, in the order of the stages."""
+    """All tidy records, in the order of the stages, but the following."""
+    properties: list[dict[str, Any]] = field(default_factory=list)
+    """Records of the distribution of the zoo's properties, which have a table of their own."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,11 @@ class Shown:
 
 
 def make_report(run: Path, folder: Path) -> Path:
-    """Write the page of a run with all its tables and figures; equal runs give equal bytes.
+    """Write the page of a run, or of a zoo alone, with all its tables and figures; equal runs give equal bytes.
 
     Args:
-        run: the run's folder, finished or not; receives results.json, every number of every table as a tidy record.
+        run: the run's folder, finished or not, or that of a zoo; receives results.json, every number of every table as
+            a tidy record.
         folder: receives index.html, figures/NAME.png and .svg, tables/NAME.csv, .md and .tex.
 
     Returns:
@@ -167,22 +170,31 @@ def make_report(run: Path, folder: Path) -> Path:
         sections = [write_section(stage, contents, folder) for stage in tables.STAGES]
         shown = [section for section in sections if section["tables"] or section["figures"]]
         absent = [title for stage, title in TITLES.items() if stage not in {section["stage"] for section in shown}]
-        name = str(contents.config.get("name") or "run")
+        if zoo_folder(run) == run:
+            absent = []
+        name = str(contents.config.get("name") or run.resolve().name)
         page = render(name, facts_of(contents), contents, shown, absent)
         write_text(folder / "index.html", page)
-        write_json(run / RESULTS_FILE, contents.records)
+        write_json(run / RESULTS_FILE, [*contents.properties, *contents.records])
     except OSError as error:
         raise UserError(f"cannot write the report ({error}); choose folders that can be written") from None
     return folder / "index.html"
 
 
+def zoo_folder(run: Path) -> Path:
+    """The folder of a run's zoo, or the folder itself where it is a zoo."""
+    return run if (run / "checkpoints.parquet").exists() else run / "zoo"
+
+
 def read_run(run: Path) -> Contents:
-    """Read whatever is there of a run.
+    """Read whatever is there of a run, or of a zoo alone.
 
     Raises:
         UserError: nothing that can be reported is there, or a part of it is damaged.
     """
-    frames = {name: read_frame(run / path, columns) for name, (path, columns) in PARTS.items() if (run / path).exists()}
+    places = {name: (run / path, columns) for name, (path, columns) in PARTS.items()}
+    places["zoo"] = zoo_folder(run) / "checkpoints.parquet", PARTS["zoo"][1]
+    frames = {name: read_frame(path, columns) for name, (path, columns) in places.items() if path.exists()}
     folders = sorted(path for path in run.glob("representations/*") if path.is_dir())
     metrics = {path.name: lines for path in folders if (lines := read_metrics(path / "metrics.jsonl"))}
     records = tables.zoo_records(frames["zoo"]) if "zoo" in frames else []
@@ -200,11 +212,12 @@ def read_run(run: Path) -> Contents:
     return Contents(
         config=optional_json(run / "config.json"),
         environment=optional_json(run / "environment.json"),
-        zoo_description=optional_json(run / "zoo" / "zoo.json"),
+        zoo_description=optional_json(zoo_folder(run) / "zoo.json"),
         frames=frames,
         metrics=metrics,
         representations={path.name: optional_json(path / "config.json") for path in folders},
         records=records,
+        properties=tables.property_records(tables.zoo_properties(frames["zoo"])) if "zoo" in frames else [],
     )
 
 
@@ -247,12 +260,18 @@ def write_section(stage: str, contents: Contents, folder: Path) -> dict[str, Any
     shown = []
     if records:
         shown.append(write_table(stage, tables.readable(records), CAPTIONS[stage], folder, tables.to_csv(records)))
-    if stage in FURTHER_TABLES:
-        for name, frame, caption in FURTHER_TABLES[stage](contents):
-            csv = frame.to_csv(index=False, lineterminator="\n")
-            shown.append(write_table(name, tables.rounded(frame), caption, folder, csv))
+    shown += further_tables(stage, contents, folder)
     drawn = [write_figure(figure, folder) for figure in FIGURES[stage](contents, looks_of(contents))]
     return {"stage": stage, "title": TITLES[stage], "note": NOTES[stage], "tables": shown, "figures": drawn}
+
+
+def further_tables(stage: str, contents: Contents, folder: Path) -> list[dict[str, Any]]:
+    """Write a stage's tables besides its records; returns what the template shows of them."""
+    found = FURTHER_TABLES[stage](contents) if stage in FURTHER_TABLES else ()
+    return [
+        write_table(name, tables.rounded(frame), caption, folder, frame.to_csv(index=False, lineterminator="\n"))
+        for name, frame, caption in found
+    ]
 
 
 def write_table(name: str, frame: pd.DataFrame, caption: str, folder: Path, csv: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from weightspace.runs import STAGE_FILE, UserError, read_json, write_text
 
 STUDY_FILE = "study.json"
 RECORDS_FILE = "records.json"
-STAGES = ("pretrain", "probe", "reconstruct", "generate", "finetune")
-"""Whose figures a study's page repeats, where they have files."""
+STAGES = ("zoo", "pretrain", "probe", "reconstruct", "generate", "finetune")
+"""Whose figures (and further tables) a study's page repeats, where they have files."""
 FURTHER_FIELDS = ("x", "group", "variant")
 """What a study's records have besides the fields of the schema."""
 NOTE = (
@@ -58,9 +58,10 @@ def make_study_report(folder: Path) -> Path:
         looks = page.looks_of(contents)
         for stage in STAGES:
             drawn = [page.write_figure(shown, report) for shown in page.FIGURES[stage](contents, looks)]
-            if drawn:
+            further = page.further_tables(stage, contents, report)
+            if drawn or further:
                 named = {"stage": stage, "title": page.TITLES[stage], "note": page.NOTES[stage]}
-                sections.append({**named, "tables": [], "figures": drawn})
+                sections.append({**named, "tables": further, "figures": drawn})
         facts = [(term, str(about[term])) for term in ("question", "task", "scale", "command") if about.get(term)]
         write_text(report / "index.html", page.render(f"Study: {about['name']}", facts, contents, sections))
     except OSError as error:

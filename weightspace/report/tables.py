@@ -97,6 +97,16 @@ def zoo_properties(checkpoints: pd.DataFrame) -> pd.DataFrame:
     return rows.rename_axis("property").reset_index()
 
 
+def property_records(properties: pd.DataFrame) -> list[dict[str, Any]]:
+    """The numbers of `zoo_properties` as records, a metric "PROPERTY: STATISTIC" each; n is the count of members."""
+    return [
+        {"stage": "zoo", "representation": "", "split": "", "metric": f"{row['property']}: {statistic}"}
+        | {"mean": number(row[statistic]), "low": None, "high": None, "n": int(row["count"])}
+        for row in properties.to_dict("records")
+        for statistic in properties.columns.drop(["property", "count"])
+    ]
+
+
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
     """A table of names and numbers as a table of text: names in words, four digits, whole counts."""
 
