@@ -224,6 +224,16 @@ def test_damaged_representation_is_named(tiny_zoo: ModelZoo, tmp_path: Path, dam
         HyperRepresentation.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "normalization.safetensors"])
+def test_a_flipped_bit_of_a_representation_is_told(tiny_zoo: ModelZoo, tmp_path: Path, name: str) -> None:
+    train(tiny_zoo, tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"damaged .*: {name} has changed since it was written"):
+        HyperRepresentation.load(tmp_path)
+
+
 def test_a_folder_that_is_no_representation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a representation"):
         HyperRepresentation.load(tmp_path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, checksum
+from weightspace.zoo import model_zoo
 from weightspace.zoo.model_zoo import (
     PLACE_COLUMNS,
     ModelZoo,
@@ -215,6 +216,21 @@ def test_a_flipped_bit_is_named(copy: Path, name: str, position: float) -> None:
     content[round(position * (len(content) - 1))] ^= 1
     (copy / name).write_bytes(content)
     assert verify(copy) == [f"{name} has changed since it was written (its checksum differs)"]
+
+
+def test_a_flipped_bit_is_told_where_it_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(model_zoo, "checksum", lambda path: looked.append(path.name) or checksum(path))
+    zoo = ModelZoo.open(copy)
+    for _ in range(2):
+        zoo.select()
+    assert looked == list(SHARDS)  # once
+    content = bytearray((copy / SHARDS[1]).read_bytes())
+    content[-1] ^= 1
+    (copy / SHARDS[1]).write_bytes(content)
+    zoo.select("shard == 0")  # an intact one
+    with pytest.raises(UserError, match=r"weights-00001.safetensors has changed since .* --repair. keeps every"):
+        zoo.select("shard == 1")
 
 
 def test_all_problems_are_listed(copy: Path) -> None:

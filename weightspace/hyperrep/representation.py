@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from weightspace import hub
@@ -200,8 +200,10 @@ class HyperRepresentation:
     def save(self, folder: str | Path) -> None:
         """Write the representation as one folder."""
         folder = Path(folder)
-        write_tensors(folder / NORMALIZATION_FILE, self._scales())
-        write_tensors(folder / MODEL_FILE, self.state())
+        files = {
+            NORMALIZATION_FILE: write_tensors(folder / NORMALIZATION_FILE, self._scales()),
+            MODEL_FILE: write_tensors(folder / MODEL_FILE, self.state()),
+        }
         write_text(folder / hub.CARD_FILE, model_card(self, "path/to/this/folder"))
         networks = [
             {
@@ -211,8 +213,8 @@ class HyperRepresentation:
             }
             for sibling in self.siblings
         ]
-        config = {"networks": networks, "autoencoder": dataclasses.asdict(self.autoencoder_config), **self.info}
-        write_json(folder / CONFIG_FILE, config)
+        size = dataclasses.asdict(self.autoencoder_config)
+        write_json(folder / CONFIG_FILE, {"networks": networks, "autoencoder": size, "files": files, **self.info})
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> HyperRepresentation:
@@ -232,7 +234,8 @@ class HyperRepresentation:
         try:
             networks = [Architecture(entry["name"], entry["arguments"]) for entry in info.pop("networks")]
             size = from_dict(AutoencoderConfig, info.pop("autoencoder"))
-            weights, scales = load_file(folder / MODEL_FILE), load_file(folder / NORMALIZATION_FILE)
+            files = info.pop("files")
+            weights, scales = (_read(folder / name, files[name]) for name in (MODEL_FILE, NORMALIZATION_FILE))
             tokenizers, normalizers = [], []
             for i, architecture in enumerate(networks):
                 if architecture.parameter_count > scales[f"{i}.mean"].numel():  # before the tokens are laid out
@@ -277,6 +280,14 @@ class HyperRepresentation:
     def pretrain_config(self) -> PretrainConfig:
         """How it was trained."""
         return from_dict(PretrainConfig, self.info["pretrain"])
+
+
+def _read(path: Path, written: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file; raises a ValueError where it is not as it was written."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != written["sha256"]:
+        raise ValueError(f"{path.name} has changed since it was written (its checksum differs)")
+    return load(content)
 
 
 def once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

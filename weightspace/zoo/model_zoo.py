@@ -75,7 +75,7 @@ class ModelZoo:
 
     @classmethod
     def open(cls, folder: str | Path) -> ModelZoo:
-        """Open a zoo folder; sizes are checked, contents only by `verify`.
+        """Open a zoo folder; sizes are checked, contents as they are read, and all of them by `verify`.
 
         Raises:
             UserError: the folder is not a zoo, is of another schema version, or a file is missing or of wrong size.
@@ -225,9 +225,29 @@ class ModelZoo:
         for shard in np.unique(shards):
             target = torch.from_numpy(np.flatnonzero(shards == shard))
             source = torch.from_numpy(rows[shards == shard])
-            for name, weight in open_shard(self.folder / shard_name(int(shard)), shapes).items():
+            stacked = open_shard(self.folder / shard_name(int(shard)), shapes)
+            _check_bytes(self.folder / shard_name(int(shard)), self.description["files"])
+            for name, weight in stacked.items():
                 weights[name][target] = weight[source]
         return weights
+
+
+_intact: set[tuple[str, int, int]] = set()
+"""Shards whose checksum was right: path, size and time of the last change."""
+
+
+def _check_bytes(path: Path, files: dict[str, Any]) -> None:
+    """Raise a UserError unless a shard is as it was written; looked at once per process."""
+    found = path.stat()
+    key = str(path.absolute()), found.st_size, found.st_mtime_ns
+    if key in _intact:
+        return
+    if checksum(path) != files.get(path.name, {}).get("sha256"):
+        raise UserError(
+            f"{path} has changed since it was written (its checksum differs); `weightspace zoo verify "
+            f"{path.parent} --repair` keeps every intact checkpoint"
+        )
+    _intact.add(key)
 
 
 def shard_name(shard: int) -> str:
