@@ -101,6 +101,25 @@ def test_interval_draws_members_not_rows() -> None:
     assert naive["high"] - naive["low"] < many["high"] - many["low"]
 
 
+def test_an_ensemble_averages_probabilities_and_its_interval_draws_networks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (80,), generator=generator)
+    right = torch.nn.functional.one_hot(labels, 3)
+    outputs = behavior.Outputs(right + 1.5 * torch.randn(12, 80, 3, generator=generator), labels)
+    whole = metrics.ensemble(outputs)
+    mean = outputs.logits.softmax(-1).mean(0)
+    torch.testing.assert_close(whole.probabilities[0], mean)
+    found = metrics.summarize_ensemble("generate", "r", "test", outputs)
+    assert found["mean"] == pytest.approx(float((mean.argmax(-1) == labels).float().mean()))
+    assert found["mean"] > float(outputs.accuracy.max()) and found["n"] == 12
+    drawn = torch.randint(12, (1000, 12), generator=generator)
+    each = [float(metrics.ensemble(behavior.Outputs(outputs.logits[rows], labels)).accuracy) for rows in drawn]
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(each, [0.025, 0.975])), abs=0.015)
+    copies = behavior.Outputs(outputs.logits[:1].expand(5, -1, -1), labels)
+    alone = metrics.summarize_ensemble("generate", "r", "test", copies)
+    assert alone["low"] == alone["mean"] == alone["high"] == pytest.approx(float(copies.accuracy[0]))
+
+
 def test_novelty_ignores_the_own_member() -> None:
     flat = torch.tensor([[0.0], [0.1], [1.0], [1.1]])
     assert metrics.typical_nearest_distance(flat, np.array([0, 0, 1, 1])) == pytest.approx(0.9)

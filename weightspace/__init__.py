@@ -17,11 +17,22 @@ if TYPE_CHECKING:
         ProbeConfig,
         ZooConfig,
     )
+    from weightspace.downstream.distances import cka, model_distances
     from weightspace.downstream.finetune import finetune
     from weightspace.downstream.generate import generate, load_network, load_networks
+    from weightspace.downstream.metrics import ensemble
     from weightspace.downstream.probe import probe
     from weightspace.downstream.reconstruct import reconstruct
-    from weightspace.downstream.samplers import flow, kde
+    from weightspace.downstream.samplers import (
+        SAMPLERS,
+        bootstrapped,
+        flow,
+        gaussian,
+        kde,
+        kde_token,
+        kde_value,
+        subsampled,
+    )
     from weightspace.experiment import run
     from weightspace.hyperrep.pretrain import pretrain
     from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
@@ -38,6 +49,7 @@ if TYPE_CHECKING:
     from weightspace.zoo.importing import import_zoo
     from weightspace.zoo.model_zoo import ModelZoo
     from weightspace.zoo.population import train_population
+    from weightspace.zoo.spectrum import spectrum_study
 
 _HOMES = {
     "Architecture": "networks.architectures",
@@ -54,6 +66,7 @@ _HOMES = {
     "ModelZoo": "zoo.model_zoo",
     "Outputs": "networks.behavior",
     "PRESETS": "config",
+    "SAMPLERS": "downstream.samplers",
     "SCALES": "config",
     "PretrainConfig": "config",
     "ProbeConfig": "config",
@@ -61,17 +74,24 @@ _HOMES = {
     "Tokenizer": "tokens.tokenizer",
     "ZooConfig": "config",
     "align": "networks.symmetry",
+    "bootstrapped": "downstream.samplers",
+    "cka": "downstream.distances",
+    "ensemble": "downstream.metrics",
     "export_zoo": "zoo.exporting",
     "finetune": "downstream.finetune",
     "flow": "downstream.samplers",
+    "gaussian": "downstream.samplers",
     "generate": "downstream.generate",
     "groups_of": "networks.symmetry",
     "import_zoo": "zoo.importing",
     "kde": "downstream.samplers",
+    "kde_token": "downstream.samplers",
+    "kde_value": "downstream.samplers",
     "load_network": "downstream.generate",
     "load_networks": "downstream.generate",
     "load_task": "tasks.images",
     "make_report": "report.page",
+    "model_distances": "downstream.distances",
     "outputs": "networks.behavior",
     "pretrain": "hyperrep.pretrain",
     "probe": "downstream.probe",
@@ -80,11 +100,14 @@ _HOMES = {
     "reconstruct": "downstream.reconstruct",
     "run": "experiment",
     "run_study": "studies",
+    "spectrum_study": "zoo.spectrum",
+    "subsampled": "downstream.samplers",
     "train_population": "zoo.population",
 }
 
 __all__ = [
     "PRESETS",
+    "SAMPLERS",
     "SCALES",
     "Architecture",
     "AutoencoderConfig",
@@ -105,17 +128,24 @@ __all__ = [
     "Tokenizer",
     "ZooConfig",
     "align",
+    "bootstrapped",
+    "cka",
+    "ensemble",
     "export_zoo",
     "finetune",
     "flow",
+    "gaussian",
     "generate",
     "groups_of",
     "import_zoo",
     "kde",
+    "kde_token",
+    "kde_value",
     "load_network",
     "load_networks",
     "load_task",
     "make_report",
+    "model_distances",
     "outputs",
     "pretrain",
     "probe",
@@ -124,6 +154,8 @@ __all__ = [
     "register_network",
     "run",
     "run_study",
+    "spectrum_study",
+    "subsampled",
     "train_population",
 ]
 

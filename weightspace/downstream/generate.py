@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,6 @@ def score(
     accuracy = _array(outputs.accuracy)
     each = np.arange(len(accuracy))
     scale = [float(metrics.pair_mean(values, np.ones(len(values)))) for values in reference]
-    ensemble = replace(outputs, logits=outputs.probabilities.mean(0, keepdim=True)).accuracy
     drawn = np.random.default_rng(0).choice(accuracy, (metrics.RESAMPLES, len(accuracy)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
 
@@ -229,7 +228,7 @@ def score(
         metrics.summarize_pairs(STAGE, name, split, "diversity in structure", pairs[0], scale[0]),
         metrics.summarize_pairs(STAGE, name, split, "diversity in behavior", pairs[1], scale[1]),
         metrics.summarize(STAGE, name, split, "novelty", metrics.mean_of(novelty), each),
-        plain("ensemble accuracy", float(ensemble)),
+        metrics.summarize_ensemble(STAGE, name, split, outputs),
     ]
 
 

@@ -6,11 +6,14 @@ Legend: n checkpoints, Q queries, C classes, m members, k sums.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from weightspace.networks.behavior import Outputs
 
 Array = np.ndarray[Any, Any]
 RESAMPLES = 1000
@@ -157,6 +160,25 @@ def summarize_pairs(
     low, high = np.nanquantile(means, [0.025, 0.975])
     mean = float(pair_mean(pairs, np.ones(count)) / scale)
     return record(stage, representation, split, metric, mean, float(low), float(high), count)
+
+
+def ensemble(outputs: Outputs) -> Outputs:
+    """The outputs of the ensemble of n networks, as of one network: the mean of their probabilities, or values."""
+    mean = outputs.probabilities.mean(0, keepdim=True)  # [1, Q, C]
+    return replace(outputs, logits=mean if outputs.real else mean.log())
+
+
+def summarize_ensemble(stage: str, representation: str, split: str, outputs: Outputs) -> dict[str, Any]:
+    """One tidy record: the accuracy of the ensemble of n networks with its bootstrap interval over networks."""
+    flat, count = outputs.probabilities.flatten(1), len(outputs.logits)  # [n, QC]
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    accuracies = []
+    for weights in torch.from_numpy(drawn / count).to(flat).split(20):  # the mean of 20 ensembles at a time
+        mean = (weights @ flat).unflatten(1, outputs.logits.shape[1:])
+        accuracies.append(replace(outputs, logits=mean).accuracy)
+    low, high = np.quantile(torch.cat(accuracies).double().cpu().numpy(), [0.025, 0.975])
+    whole = float(ensemble(outputs).accuracy)
+    return record(stage, representation, split, "ensemble accuracy", whole, float(low), float(high), count)
 
 
 def mean_of(values: Array) -> Array:
