@@ -464,6 +464,40 @@ def test_a_network_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(opened.read(opened.frame)) == 1
 
 
+def test_a_network_of_the_user_that_does_not_say_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_zoo: ModelZoo
+) -> None:
+    (tmp_path / "yours.py").write_text(
+        "from torch import nn\n"
+        "def net(width=4):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(architectures, "NETWORKS", dict(architectures.NETWORKS))
+    monkeypatch.delenv(architectures.TRUSTED, raising=False)
+    register_network("yours:net")
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10))
+        torch.save(network.state_dict(), source / f"net{number}.pt")
+    with pytest.raises(
+        UserError, match=r"does not say what it takes; .*argument of the network: input_shape=\[3,32,32"
+    ):
+        import_zoo(str(source), tmp_path / "zoo", ImportConfig(network="yours:net"))
+    for wrong in ("input_shape=8", "input_shape=[1,8]", 'input_shape=["1",8,8]'):
+        with pytest.raises(UserError, match=r"input_shape=.*: give \[channels, height, width\]"):
+            import_zoo(str(source), tmp_path / "zoo", ImportConfig(network="yours:net", arguments=(wrong,)))
+    with pytest.raises(UserError, match="CNN8 takes no argument 'input_shape'"):
+        import_zoo(str(source), tmp_path / "zoo", ImportConfig(network="CNN8", arguments=("input_shape=[1,8,8]",)))
+    assert not (tmp_path / "zoo").exists()
+    named = ImportConfig(network="yours:net", arguments=("input_shape=[1,8,8]",), task="digits", score=True)
+    import_zoo(str(source), tmp_path / "zoo", named)
+    zoo = ModelZoo.open(tmp_path / "zoo")
+    assert len(zoo) == 3 and zoo.frame["test_acc"].between(0, 1).all()
+    assert zoo.architecture.build().input_shape == (1, 8, 8)
+
+
 # hostile and damaged
 
 

@@ -205,6 +205,10 @@ TRUSTED = "WEIGHTSPACE_NETWORKS"
 """Environment variable: factories, package.module:factory separated by commas, that may be imported."""
 
 
+INPUT_SHAPE = "input_shape"
+"""Attribute of a base network: (channels, height, width), or (2,) for coordinates."""
+
+
 def register_network(name: str) -> None:
     """Allow a base network of another package: from now on, in this process and its workers, its name can be used.
 
@@ -282,30 +286,39 @@ class Architecture:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in sorted(self.arguments.items()))})"
 
     @property
-    def takes(self) -> set[str] | None:
-        """Names of the arguments that the base network takes; None where it takes any."""
+    def takes(self) -> dict[str, inspect.Parameter] | None:
+        """The arguments that the base network takes, by name; None where it takes any."""
         parameters = inspect.signature(_factory(self.name)).parameters
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return None if anything else set(parameters)
+        return None if anything else dict(parameters)
 
     def build(self) -> nn.Module:
         """A fresh network in evaluation mode.
 
+        The argument `input_shape` is for modules of others that do not say what they take: it becomes their attribute.
+
         Raises:
             UserError: unknown name or argument, a factory that is not allowed or does not give a module.
         """
-        factory = _factory(self.name)
-        parameters = inspect.signature(factory).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for argument in self.arguments:
-                if argument not in parameters:
-                    raise UserError(f"{self.name} takes no argument {argument!r}; it takes {', '.join(parameters)}")
+        factory, takes = _factory(self.name), self.takes
+        arguments, shape = self.arguments, None
+        if takes is not None and INPUT_SHAPE not in takes and ":" in self.name:
+            arguments = {name: value for name, value in arguments.items() if name != INPUT_SHAPE}
+            shape = self.arguments.get(INPUT_SHAPE)
+        for argument in arguments:
+            if takes is not None and argument not in takes:
+                raise UserError(f"{self.name} takes no argument {argument!r}; it takes {', '.join(takes)}")
         try:
-            network = factory(**self.arguments)
+            network = factory(**arguments)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{self} cannot be built: {error}") from None
         if not isinstance(network, nn.Module):
             raise UserError(f"{self.name} gives a {type(network).__name__}, not an nn.Module")
+        if shape is not None:
+            sizes = shape if isinstance(shape, list | tuple) else ()
+            if len(sizes) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise UserError(f"{INPUT_SHAPE}={shape!r}: give [channels, height, width], such as [3,32,32], or [2]")
+            network.__dict__[INPUT_SHAPE] = tuple(sizes)
         return network.eval()
 
     @cached_property

@@ -426,7 +426,8 @@ def input_shape_of(network: nn.Module) -> tuple[int, ...]:
     if not hasattr(network, "input_shape"):
         raise UserError(
             f"the base network {type(network).__name__} does not say what it takes; give its modules an attribute "
-            "input_shape = (channels, height, width), or (2,) for coordinates"
+            "input_shape = (channels, height, width), or (2,) for coordinates; where its code is not yours, say it as "
+            "an argument of the network: input_shape=[3,32,32]"
         )
     return cast(tuple[int, ...], network.input_shape)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from weightspace import runs
 from weightspace.config import ImportConfig, check
 from weightspace.networks.architectures import Architecture, arguments_of
+from weightspace.networks.behavior import input_shape_of
 from weightspace.networks.checkpoints import Checkpoints, unflatten
 from weightspace.networks.fitting import Fit, Misfit, Shapes, fit
 from weightspace.runs import (
@@ -90,6 +91,9 @@ def import_zoo(source: str, folder: Path, config: ImportConfig, seed: int = 0) -
         RunFailed: --strict, and something was skipped or there are several architectures.
     """
     check(config, "import")
+    if config.network:
+        with torch.device("meta"):  # later commands need to know what it takes
+            input_shape_of(Architecture(config.network, arguments_of(config.arguments)).build())
     with runs.stage(folder, "import", {"source": source, "import": _settings(config), "seed": seed}) as todo:
         if todo:
             if not (folder / ZOO_FILE).exists():  # else it was killed after the last write
