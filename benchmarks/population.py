@@ -2,9 +2,9 @@
 
 The alternative is the best one-at-a-time way on the same cores: as many worker processes as cores, one thread each,
 every member trained by a plain torch.optim loop (channels-last where that is faster). Process start is not counted on
-either side.
+either side. On a GPU both run in one process: the alternative is the plain loop there.
 
-    python benchmarks/population.py [--network CNN8|CNN3] [--members 128] [--steps 40] [--rounds 3]
+    python benchmarks/population.py [--network CNN8|CNN3] [--members 128] [--steps 40] [--rounds 3] [--device auto]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from joblib import Parallel, delayed, parallel_config
 
 from weightspace.config import ZooConfig
+from weightspace.experiment import choose_device
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.tasks.images import ImageSplit, ImageTask
@@ -42,14 +43,15 @@ def alone(config: ZooConfig, task: ImageTask, checkpoints: Checkpoints, rows: li
     images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
     start = time.perf_counter()
     for row in rows:
-        network = checkpoints.network(row).train()
+        network = checkpoints.network(row).to(images.device).train()
         optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-4)
         for _ in range(config.epochs):
-            for batch in torch.randperm(len(images)).split(config.batch_size):
+            for batch in torch.randperm(len(images), device=images.device).split(config.batch_size):
                 loss = F.cross_entropy(network(images[batch]), task.train.labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+    finish(images.device)
     return time.perf_counter() - start
 
 
@@ -62,7 +64,14 @@ def ours(config: ZooConfig, task: ImageTask, members: pd.DataFrame, rows: list[i
     start = time.perf_counter()
     for _ in train(architecture, weights, task, recipe_of(some, config, task, 0), config.epochs, group):
         pass
+    finish(task.train.images.device)
     return time.perf_counter() - start
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:
@@ -71,19 +80,21 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=128, help="members to train")
     parser.add_argument("--steps", type=int, default=40, help="training steps per member")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the median is printed")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda ...")
     arguments = parser.parse_args()
-    cores = os.cpu_count() or 1
+    device, cores = choose_device(arguments.device), os.cpu_count() or 1
+    workers = cores if device.type == "cpu" else 1
     config = ZooConfig(network=arguments.network, seeds=max(4, arguments.members // 8), epochs=1, save_epochs=(1,))
-    task = task_for(arguments.network, config.batch_size * arguments.steps)
+    task = task_for(arguments.network, config.batch_size * arguments.steps).to(device)
     members = grid(config, 0).head(arguments.members)
     architecture = architecture_of(config, task)
     checkpoints = Checkpoints(architecture, start_weights(architecture, members, 0), members)
     strategy = plan(config, task, 10**6, cores)  # as for a population so large that starting processes does not count
-    print(f"{arguments.network}: {len(members)} members, {cores} cores, strategy {strategy}")
-    parts = [list(range(core, len(members), cores)) for core in range(cores)]
+    print(f"{arguments.network}: {len(members)} members, {device}, {cores} cores, strategy {strategy}")
+    parts = [list(range(worker, len(members), workers)) for worker in range(workers)]
     mine, plain = [], []
-    with parallel_config("loky", n_jobs=cores, inner_max_num_threads=1), Parallel() as pool:
-        warm = [[0]] * cores
+    with parallel_config("loky", n_jobs=workers, inner_max_num_threads=1), Parallel() as pool:
+        warm = [[0]] * workers
         pool(delayed(alone)(config, task, checkpoints, rows, False) for rows in warm)
         for _ in range(arguments.rounds):
             each = []

@@ -1,6 +1,6 @@
 """Scoring many checkpoints on one batch of images: our measured strategy against one forward pass after another.
 
-python benchmarks/scoring.py [--network CNN8|CNN3] [--checkpoints 256] [--images 450] [--rounds 5]
+python benchmarks/scoring.py [--network CNN8|CNN3] [--checkpoints 256] [--images 450] [--rounds 5] [--device auto]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import torch
 from pretrain_step import checkpoints_of
 
+from weightspace.experiment import choose_device
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 
@@ -22,8 +23,9 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=256, help="checkpoints to score")
     parser.add_argument("--images", type=int, default=450, help="images each is scored on")
     parser.add_argument("--rounds", type=int, default=5, help="rounds after one warm-up; the median is printed")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda ...")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(arguments.device)
     architecture = Architecture(arguments.network)
     checkpoints = checkpoints_of(architecture, arguments.checkpoints)
     images = torch.randn(arguments.images, *architecture.build().input_shape, device=device)

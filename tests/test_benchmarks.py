@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALLEST = {
     "alignment.py": ["--checkpoints", "8", "--rounds", "1"],
     "importing.py": ["--checkpoints", "20", "--shown", "20", "--rounds", "1"],
-    "population.py": ["--members", "16", "--steps", "2", "--rounds", "1"],
-    "scoring.py": ["--checkpoints", "8", "--images", "16", "--rounds", "1"],
+    "population.py": ["--members", "16", "--steps", "2", "--rounds", "1", "--device", "cpu"],
+    "scoring.py": ["--checkpoints", "8", "--images", "16", "--rounds", "1", "--device", "cpu"],
     "pretrain_scale.py": ["--checkpoints", "200", "--steps", "1", "--rounds", "1"],
     "pretrain_step.py": ["--small", "--rounds", "1"],
 }
