@@ -36,7 +36,32 @@ SMALL = {
     "ResNet18": {"channels": 1, "size": 8, "width": 2},
     "ViT": {"channels": 1, "size": 8, "width": 8, "depth": 1, "heads": 2},
     "MLPMixer": {"channels": 1, "size": 8, "width": 8, "depth": 1},
+    "Rows": {"size": 8},
 }
+
+
+class Rows(nn.Module):
+    """The rows of an image as channels of a sequence: the layers that the other networks do not have."""
+
+    def __init__(self, classes: int = 10, size: int = 8) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(size, size, 3, padding=1, groups=size)
+        self.group = nn.GroupNorm(2, size)
+        self.pointwise = nn.Conv1d(size, 6, 1)
+        self.places = nn.Embedding(size, 6)
+        self.rms = nn.RMSNorm(6)
+        self.fc = nn.Linear(6, classes)
+        self.input_shape = (1, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.group(self.depthwise(x.flatten(1, 2))))  # [B, rows, columns]
+        h = self.pointwise(h).transpose(1, 2) + self.places(torch.arange(h.shape[2]))  # [B, columns, 6]
+        return self.fc(self.rms(torch.relu(h)).mean(1))  # [B, classes]
+
+
+@pytest.fixture(autouse=True)
+def rows_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "Rows", Rows)
 
 
 class Everything(nn.Module):
@@ -172,6 +197,29 @@ def test_unknown_layers_can_be_declared(monkeypatch: pytest.MonkeyPatch) -> None
     assert Tokenizer(Architecture("Upward")).mask.sum(1).tolist() == [2 + 3 + 1 + 1] * 12
     with pytest.raises(UserError, match="needs the names of the layer's tensors"):
         register_layer(nn.LSTM)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_are_computed_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Normed(nn.Module):
+        def __init__(self, old: bool = False) -> None:
+            super().__init__()
+            norm = torch.nn.utils.weight_norm if old else torch.nn.utils.parametrizations.weight_norm
+            self.first = norm(nn.Linear(2, 3))
+
+    monkeypatch.setitem(NETWORKS, "Normed", Normed)
+    monkeypatch.setattr(layers, "DECLARED", {})
+    with pytest.raises(
+        UserError, match=r"layer 'first', a Linear, holds weight_g, weight_v beside .*remove_weight_norm\) and save"
+    ):
+        Tokenizer(Architecture("Normed", {"old": True}))
+    with pytest.raises(
+        UserError, match=r"the weight of layer 'first' is computed .*remove_parametrizations\(layer, 'weight'\)"
+    ) as told:
+        Tokenizer(Architecture("Normed"))
+    exec(str(told.value).rpartition("declare them: ")[2], {"weightspace": ws, "torch": torch})  # as it advises
+    tokenizer = Tokenizer(Architecture("Normed"))
+    assert tokenizer.mask.sum().item() == 3 + 3 + 2 * 3  # biases, norms, directions
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from weightspace.runs import UserError
 
@@ -81,7 +82,14 @@ def blocks_of(name: str, module: nn.Module) -> list[Block]:
     known = declared or next((tensors for kind, tensors in BY_UNIT.items() if isinstance(module, kind)), None)
     if known is not None:
         if extra := sorted(set(own) - set(known)):
-            raise UserError(f"layer {name!r}, a {type(module).__name__}, holds {', '.join(extra)} beside its rows")
+            advice = (
+                "take the weight norm away (torch.nn.utils.remove_weight_norm) and save the state_dict anew"
+                if "weight_g" in extra
+                else f"name them all: weightspace.register_layer({type(module).__name__}, {', '.join(map(repr, own))})"
+            )
+            raise UserError(
+                f"layer {name!r}, a {type(module).__name__}, holds {', '.join(extra)} beside its rows; {advice}"
+            )
         return [Block(_joined({key: own[key] for key in known if key in own}, by_unit=True))]
     if isinstance(module, NORMALIZATIONS):
         return [Block(_joined({key: own[key] for key in OF_CHANNELS if key in own}, by_unit=False), apart=True)]
@@ -89,6 +97,15 @@ def blocks_of(name: str, module: nn.Module) -> list[Block]:
         pairs = {key: own[key] for key in ("in_proj_weight", "in_proj_bias") if key in own}
         joined = [Block(_joined(pairs, by_unit=True))] if "in_proj_weight" in pairs else []
         return joined + [Block(_vectors({key: own[key]})) for key in own if not joined or key not in pairs]
+    if isinstance(module, ParametrizationList):
+        layer, _, tensor = name.partition(".parametrizations.")
+        raise UserError(
+            f"the {tensor} of layer {layer!r} is computed from other tensors, whose rows are not known; put it in "
+            f"place (torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})) and save the state_dict "
+            "anew, or, where the first axis of these tensors is the layer's units, declare them: "
+            "weightspace.register_layer(torch.nn.utils.parametrize.ParametrizationList, "
+            f"{', '.join(map(repr, own))})"
+        )
     if type(module).__module__.startswith("torch.nn."):
         raise UserError(
             f"layer {name!r} is a {type(module).__name__}, whose rows are not known; where the first axis of its "
