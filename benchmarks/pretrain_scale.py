@@ -37,17 +37,21 @@ from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig
 from weightspace.hyperrep import pretrain as module
 from weightspace.tokens.stream import Stream
 from weightspace.zoo.model_zoo import ModelZoo
-streams, step_losses, spent = [], module.step_losses, [0.0]
+streams = []
 class Watched(Stream):
+    spent = float("inf")
     def __init__(self, *given): super().__init__(*given); streams.append(self)
+    def batches(self, *given):
+        start = time.perf_counter()
+        for batch in super().batches(*given):
+            yield batch
+            self.spent = time.perf_counter() - start  # of all steps but the last, and of waiting for their batches
 module.Stream = Watched
 steps = int(sys.argv[3])
 config = PretrainConfig(epochs=(1,), steps=steps, validate_every=steps)
-start = time.perf_counter()
 module.pretrain(ModelZoo.open(sys.argv[1]), Path(sys.argv[2]), config, LossConfig(), AutoencoderConfig(latent=64,
     components=1), 0, torch.device("cpu"))
-spent = time.perf_counter() - start
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, streams[0].waited / spent)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, streams[0].waited / streams[0].spent)
 """
 
 
@@ -68,7 +72,7 @@ def write_zoo(folder: Path, count: int) -> ModelZoo:
 
 
 def trained(zoo: Path, out: Path, steps: int) -> tuple[float, float]:
-    """Peak memory (MiB) of a training in a process of its own, and the share of its time that it waited for data."""
+    """Peak memory (MiB) of a training in a process of its own, and the share of its steps' time that it waited for data."""
     command = [sys.executable, "-c", TRAIN, str(zoo), str(out), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory, waited = map(float, done.stdout.split())
@@ -109,7 +113,7 @@ def main() -> None:
         trained(Path(name) / "zoo100", Path(name) / "warm-up", 1)  # what is measured once per machine
         for count in (100, arguments.checkpoints):
             peak[count], waited = trained(Path(name) / f"zoo{count}", Path(name) / f"out{count}", arguments.steps)
-            told = f"peak memory {peak[count]:.0f} MiB, {100 * waited:.2f} % of the time waited for data"
+            told = f"peak memory {peak[count]:.0f} MiB, {100 * waited:.2f} % of the steps' time waited for data"
             print(f"{count:>7,} checkpoints: {told}")
     grown: dict[str, tuple[list[int], list[float]]] = {}
     for label, sizes in TRIED.items():
