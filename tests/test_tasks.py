@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from weightspace.config import SCALES, ZooConfig
 from weightspace.runs import UserError
+from weightspace.studies import shaped
 from weightspace.tasks import images as module
 from weightspace.tasks.images import IMAGENET, SOURCES, ImageTask, Source, load_task, pictures, resized
 from weightspace.tasks.queries import QuerySet, query_set
+from weightspace.zoo.population import architecture_of
 
 SIZES = {"train": 1077, "val": 270, "test": 450}
 SPLITS = ("train", "val", "test")
@@ -277,6 +280,18 @@ def write_folder(
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(noise_images(count, shape, number)):
                 Image.fromarray(image // 2 + 100 * (number % 2)).save(root / split / name / f"{i}.png")
+
+
+@pytest.mark.parametrize(("size", "network"), [(8, "CNN8"), (28, "CNN"), (32, "CNN3")])
+def test_a_study_of_own_images_takes_the_network_of_their_size(size: int, network: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 20, "test": 3}, shape=(size, size, 3))
+    name = shaped(f"folder:{tmp_path}")
+    assert name == f"folder:{tmp_path}@3x{size}x{size}" and shaped(name) == name
+    base = SCALES["small"](name)
+    assert base.zoo.network == network
+    assert architecture_of(base.zoo, load_task(name)).name == network  # it takes them
+    with pytest.raises(UserError, match=rf"of a study: --task folder:{tmp_path}@3x5x5"):
+        architecture_of(ZooConfig(network="MLP", arguments=("size=5",)), load_task(name))
 
 
 def test_own_images_in_folders(tmp_path: Path) -> None:

@@ -368,6 +368,18 @@ def test_summary_says_what_the_zoo_is(tiny_zoo: ModelZoo) -> None:
     assert "0.0001, 0.001, 0.01" in text
 
 
+def test_a_split_that_does_not_exist_is_told_one_that_is_lacking_left_out(
+    tiny_zoo: ModelZoo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="there is no split holdout; the splits are train, val, test, unseen"):
+        tiny_zoo.splits(("test", "holdout"))
+    without = ModelZoo(tiny_zoo.folder, tiny_zoo.description, tiny_zoo.frame[tiny_zoo.frame["split"] != "unseen"])
+    assert without.splits(("test", "unseen")) == ("test",)
+    assert "has no split unseen: left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has no split unseen, but test, train, val"):
+        without.splits(("unseen",))
+
+
 def test_usable_finds_diverged_checkpoints(population: Checkpoints) -> None:
     population.weights["fc1.weight"][2, 0, 0] = torch.nan
     population.weights["fc1.weight"][5, 0, 0] = torch.inf

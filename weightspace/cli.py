@@ -411,9 +411,9 @@ class RunStudy:
 
     def __call__(self) -> None:
         from weightspace.experiment import choose_device
-        from weightspace.studies import run_study
+        from weightspace.studies import run_study, shaped
 
-        base = replace(SCALES[self.scale](self.task), seed=self.seed)
+        base = replace(SCALES[self.scale](shaped(self.task)), seed=self.seed)
         base = replace(base, study=replace(base.study, foreign=self.foreign, others=self.others))
         name = f"{self.task.replace('/', '-').replace(':', '-')}-{self.scale}"
         command = f"weightspace study {self.study} --task {self.task} --scale {self.scale} --seed {self.seed}"

@@ -41,7 +41,7 @@ from weightspace.hyperrep.pretrain import METRICS_FILE, pretrain, training_check
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.study import STUDY_FILE, make_study_report
 from weightspace.runs import RunFailed, UserError, atomic, derive_seed, fingerprint, read_json, write_json
-from weightspace.tasks.images import load_task
+from weightspace.tasks.images import SHAPE, load_task
 from weightspace.zoo.cluster import connected, over
 from weightspace.zoo.model_zoo import ModelZoo
 from weightspace.zoo.spectrum import components, spectrum_study, variance_along
@@ -645,6 +645,13 @@ def finetuning(lab: Lab) -> Records:
         )
         records += [{**record, "split": f"test {task}" if task else "test"} for record in found]
     return [placed(record, variants.get(record["representation"])) for record in records]
+
+
+def shaped(task: str) -> str:
+    """The name of a task of one's own images with their shape, by which a scale chooses the base network."""
+    if not task.startswith("folder:") or SHAPE.fullmatch(task.rpartition("@")[2]):
+        return task
+    return f"{task}@{'x'.join(map(str, load_task(task).input_shape))}"
 
 
 def others(base: Experiment) -> tuple[str, ...]:

@@ -143,9 +143,11 @@ class ModelZoo:
         """Those of some splits that the zoo has; says which it lacks (imported zoos often have no 'unseen').
 
         Raises:
-            UserError: it has none of them.
+            UserError: it has none of them, or one is no split at all.
         """
         there = set(self.frame["split"])
+        if unknown := [split for split in wanted if split not in there and split not in SPLITS]:
+            raise UserError(f"there is no split {', '.join(unknown)}; the splits are {', '.join(SPLITS)}")
         found, absent = (tuple(s for s in wanted if (s in there) is present) for present in (True, False))
         if not found:
             raise UserError(f"{self.folder} has no split {', '.join(wanted)}, but {', '.join(sorted(there))}")

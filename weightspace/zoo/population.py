@@ -326,7 +326,8 @@ def architecture_of(config: ZooConfig, task: ImageTask) -> Architecture:
         fitting = f"{task.name.partition('@')[0]}@{'x'.join(map(str, expected))}"
         raise UserError(
             f"{config.network} takes images of shape {expected}, but the images of {task.name!r} have "
-            f"{task.input_shape}; choose another zoo.network, or resize them with zoo.tasks={fitting}"
+            f"{task.input_shape}; choose another zoo.network, or resize them with zoo.tasks={fitting} "
+            f"(of a study: --task {fitting})"
         )
     return architecture
 
