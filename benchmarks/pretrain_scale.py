@@ -72,7 +72,7 @@ def write_zoo(folder: Path, count: int) -> ModelZoo:
 
 
 def trained(zoo: Path, out: Path, steps: int) -> tuple[float, float]:
-    """Peak memory (MiB) of a training in a process of its own, and the share of its steps' time that it waited for data."""
+    """Peak memory (MiB) of a training in a process of its own, and the share of its steps' time spent waiting."""
     command = [sys.executable, "-c", TRAIN, str(zoo), str(out), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory, waited = map(float, done.stdout.split())
