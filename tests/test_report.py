@@ -573,6 +573,18 @@ def test_a_study_shows_what_its_stages_left(study_report: Path) -> None:
         assert target.startswith(("data:", "#")) or (study_report / target).is_file(), target
 
 
+def test_p_values_stand_in_the_table_of_a_study_not_in_its_figure(tmp_path: Path) -> None:
+    write_small_study(tmp_path)
+    metric = "skill: paired t-test p"
+    write_json(tmp_path / "study.json", {**ABOUT, "metrics": ["skill", metric]})
+    test = record("reconstruct", "beta 1", "test", metric, 0.009, None, 3) | {"x": 1.0, "group": None, "variant": True}
+    write_json(tmp_path / "records.json", [*study_records(), test])
+    report = make_study_report(tmp_path).parent
+    assert "| 0.750 [0.730, 0.770] | 0.009 |" in (report / "table.md").read_text()
+    page = (report / "index.html").read_text()
+    assert "Panels of skill for every variant" in page and "Panels of skill and" not in page
+
+
 def test_a_study_shows_the_zoo_that_it_scored(tmp_path: Path) -> None:
     write_zoo(write_small_study(tmp_path), np.random.default_rng(0))
     report = make_study_report(tmp_path).parent

@@ -254,7 +254,7 @@ def _rows(axes: Axes, rows: pd.DataFrame, names: Sequence[str], colors: Styles, 
             _arrows(axes, y[mean < WORST], "<", color)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", color="#eeeeee", linewidth=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _arrows(axes: Axes, places: np.ndarray, marker: str, color: str) -> None:
@@ -466,7 +466,7 @@ def probe_scatter(predictions: pd.DataFrame, looks: Styles, split: str = "test")
             rasterized=len(chosen) > RASTER,
         )
         axes.set(xlim=across, ylim=up)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if i < len(properties):
             axes.set_title(label(target))

@@ -170,7 +170,8 @@ def panels_of(
     frame = pd.DataFrame(records).rename(columns={"representation": "variant", "variant": "own"})
     frame = frame.astype(dict.fromkeys(("mean", "low", "high", "x"), float))
     frame = frame[frame["mean"].notna()].assign(baseline=lambda rows: ~rows["own"].astype(bool))
-    shown = [metric for metric in about["metrics"] if metric in set(frame["metric"])]
+    known = set(frame["metric"])
+    shown = [metric for metric in about["metrics"] if metric in known and not metric.endswith(" p")]  # no p values
     if shown:
         arrows = f" An arrow: below {tables.MINUS}{-tables.WORST}." if (frame["mean"] < tables.WORST).any() else ""
         gray = " Gray: baselines." if frame["baseline"].any() else ""
