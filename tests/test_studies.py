@@ -221,7 +221,7 @@ def test_the_multi_task_zoo_is_the_published_one_at_its_scale(tmp_path: Path, mo
     zoo, variants = variants_of("multitask", SCALES["paper"]("svhn"), tmp_path, monkeypatch)
     grid = zoo.inits, range(zoo.seeds), zoo.learning_rates, zoo.weight_decays, zoo.tasks
     assert math.prod(map(len, grid)) == 1440 and zoo.network == "LeNet5"
-    assert zoo.tasks == PRESETS["paper-multitask"]().zoo.tasks == ("svhn", "cifar10", "eurosat")
+    assert zoo == PRESETS["paper-multitask"]().zoo and zoo.tasks == ("svhn", "cifar10", "eurosat")
     assert [variant.loss.query_set for variant in variants.values()] == ["own", "own", "tasks"]
     small, _ = variants_of("multitask", SCALES["small"]("street"), tmp_path, monkeypatch)
     assert small.network == "CNN3" and small.tasks == ("street", "patches", "digits@3x32x32")
