@@ -7,17 +7,22 @@ nothing on disk changes but partial files, which are litter.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import multiprocessing.process
 import os
 import random
 import re
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_ZOO
 
+from weightspace import studies
 from weightspace.cli import main
 from weightspace.config import (
     SCALES,
@@ -47,6 +52,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def tiny_study() -> Experiment:
+    """A study's experiment that takes seconds."""
+    base: Experiment = SCALES["smoke"]("digits")
+    return dataclasses.replace(
+        base,
+        zoo=dataclasses.replace(base.zoo, epochs=1, save_epochs=(0, 1), workers=1, group=8),
+        pretrain=dataclasses.replace(base.pretrain, steps=2, epochs=(1,), validate_every=1, batch_size=4),
+        generate=GenerateConfig(anchors=3, networks=3, bandwidths=(0.1,)),
+    )
+
+
 def dying(monkeypatch: pytest.MonkeyPatch, share: float, work: Callable[[], Any], seed: int = 0) -> int:
     """Do some work that dies at a share of its writes, as often as it takes; how often it died."""
     replace, chance = os.replace, random.Random(seed)
@@ -68,6 +84,53 @@ def dying(monkeypatch: pytest.MonkeyPatch, share: float, work: Callable[[], Any]
                 return deaths
             except KeyboardInterrupt:
                 deaths += 1
+
+
+def make_zoo(folder: Path, zoo: Path) -> None:
+    """A population of four shards."""
+    population.UNIT = 5  # of a process of its own
+    zoo_stage(folder, TINY_ZOO, 0, CPU)
+
+
+def make_representation(folder: Path, zoo: Path) -> None:
+    """A representation that is validated and saved at every other step."""
+    config = PretrainConfig(epochs=(1, 2), steps=20, batch_size=4, validate_every=2, probes=("test_acc",))
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=16, latent=8, components=2)
+    pretrain_stage(folder, ModelZoo.open(zoo), config, LossConfig(queries=8), size, 0, CPU)
+
+
+def make_study(folder: Path, zoo: Path) -> None:
+    """A study without its page, whose figures are drawn again at every start."""
+    studies.make_study_report = lambda folder: folder  # of a process of its own
+    run_study("cycle", tiny_study(), folder, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [make_zoo, make_representation, make_study])
+def test_sigkill_at_random_moments(work: Callable[[Path, Path], None], tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # what takes seconds is imported once
+
+    def started(name: str) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=work, args=(tmp_path / name, tiny_zoo.folder))
+        process.start()
+        return process
+
+    begun = time.monotonic()
+    whole = started("whole")
+    whole.join()
+    took, chance, deaths = time.monotonic() - begun, random.Random(0), 0
+    assert whole.exitcode == 0
+    for _ in range(4):
+        process = started("parts")
+        process.join(chance.uniform(0.05, 0.3) * took)
+        deaths += process.is_alive()
+        process.kill()
+        process.join()
+    last = started("parts")
+    last.join()
+    assert last.exitcode == 0 and deaths > 1
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -127,14 +190,7 @@ def test_a_full_disk(tiny_zoo: ModelZoo, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightspace.studies.make_study_report", lambda folder: folder)  # tested where it is made
-    base: Experiment = SCALES["smoke"]("digits")
-    tiny = dataclasses.replace(
-        base,
-        zoo=dataclasses.replace(base.zoo, epochs=1, save_epochs=(0, 1), workers=1, group=8),
-        pretrain=dataclasses.replace(base.pretrain, steps=2, epochs=(1,), validate_every=1, batch_size=4),
-        generate=GenerateConfig(anchors=3, networks=3, bandwidths=(0.1,)),
-    )
-    run_study("queries", tiny, tmp_path / "whole", CPU)
-    deaths = dying(monkeypatch, 0.1, lambda: run_study("queries", tiny, tmp_path / "parts", CPU))
+    run_study("queries", tiny_study(), tmp_path / "whole", CPU)
+    deaths = dying(monkeypatch, 0.1, lambda: run_study("queries", tiny_study(), tmp_path / "parts", CPU))
     assert deaths > 2
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")

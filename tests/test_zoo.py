@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
+import polars
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -414,6 +416,20 @@ def test_the_documented_reader_reads(tiny_zoo: ModelZoo) -> None:
     assert rows["member"].tolist() == expected.frame["member"].tolist()
     for name, weight in expected.weights.items():
         np.testing.assert_array_equal(weights[name], weight.numpy())
+
+
+def test_other_libraries_read_the_table(tiny_zoo: ModelZoo) -> None:
+    table = tiny_zoo.folder / "checkpoints.parquet"
+    wanted = tiny_zoo.rows("epoch == 2 and test_acc > 0.6")[["member", "split", "test_acc"]].reset_index(drop=True)
+    condition = f"FROM '{table}' WHERE epoch = 2 AND test_acc > 0.6 ORDER BY member"
+    duck = duckdb.sql(f"SELECT member, split, test_acc {condition}").fetchall()
+    bear = polars.scan_parquet(table).filter((polars.col("epoch") == 2) & (polars.col("test_acc") > 0.6)).sort("member")
+    panda = pd.read_parquet(table).query("epoch == 2 and test_acc > 0.6").sort_values("member")
+    assert 0 < len(wanted) < 18
+    expected = list(wanted.itertuples(index=False, name=None))
+    assert duck == bear.select("member", "split", "test_acc").collect().rows() == expected
+    assert list(panda[["member", "split", "test_acc"]].itertuples(index=False, name=None)) == expected
+    assert set(polars.read_parquet_schema(table)) == set(tiny_zoo.frame.columns)
 
 
 def test_a_zoo_written_by_hand_is_a_zoo(tmp_path: Path) -> None:
