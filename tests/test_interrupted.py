@@ -15,6 +15,7 @@ import re
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,22 @@ def test_sigkill_at_random_moments(work: Callable[[Path, Path], None], tiny_zoo:
         process.start()
         return process
 
-    begun = time.monotonic()
+    def stamps() -> dict[Path, int]:
+        files = list((tmp_path / "parts").rglob("*"))
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
     whole = started("whole")
     whole.join()
-    took, chance, deaths = time.monotonic() - begun, random.Random(0), 0
     assert whole.exitcode == 0
+    chance, deaths = random.Random(0), 0
     for _ in range(4):
-        process = started("parts")
-        process.join(chance.uniform(0.05, 0.3) * took)
+        process, before, left = started("parts"), {}, chance.randint(3, 9)
+        while process.is_alive() and left:  # until so much was written
+            with suppress(OSError):  # a file that is gone
+                now = stamps()
+                left, before = left - (now != before), now
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
         deaths += process.is_alive()
         process.kill()
         process.join()
