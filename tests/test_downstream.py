@@ -15,7 +15,15 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from weightspace.config import AutoencoderConfig, FinetuneConfig, GenerateConfig, LossConfig, PretrainConfig, ZooConfig
+from weightspace.config import (
+    AutoencoderConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    ZooConfig,
+)
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS, SCRATCH, fit_pca
 from weightspace.downstream.finetune import finetune, for_task
@@ -186,11 +194,11 @@ def test_ridge_probe_chooses_its_penalty_on_validation() -> None:
     x = {split: RNG.normal(size=(n, 5)) for split, n in {"train": 60, "val": 40, "test": 50}.items()}
     weight = RNG.normal(size=5)
     y = {split: values @ weight for split, values in x.items()}
-    predicted = ridge_probe(x, y, (1e-6, 10.0))
+    predicted = ridge_probe([x], y, (1e-6, 10.0))
     assert r2_score(y["test"], predicted["test"]) > 0.999
     mean, std = x["train"].mean(0), x["train"].std(0)
     alone = Ridge(10.0 * 60).fit((x["train"] - mean) / std, y["train"])
-    np.testing.assert_allclose(ridge_probe(x, y, (10.0,))["test"], alone.predict((x["test"] - mean) / std), rtol=1e-6)
+    np.testing.assert_allclose(ridge_probe([x], y, (10.0,))["test"], alone.predict((x["test"] - mean) / std), rtol=1e-6)
 
 
 def test_weight_statistics_by_hand(tiny_zoo: ModelZoo) -> None:
@@ -267,7 +275,7 @@ def test_members_of_several_tasks_are_scored_on_their_own(tmp_path: Path, tiny_c
     loss = LossConfig(queries=16)
     two = pretrain(zoo, tmp_path / "two", config, loss, size, 0, torch.device("cpu"))
     tasks = {name: load_task(name) for name in names}
-    _, rows = reconstruct(zoo, {"two": two}, tasks, ("test",))
+    _, rows = reconstruct(zoo, {"two": two}, tasks, ReconstructConfig(("test",)))
     known = zoo.frame.set_index(["member", "epoch"])["test_acc"]
     for row in rows.itertuples():
         assert row.original_acc == pytest.approx(known[row.member, row.epoch], abs=1e-6)

@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weightspace as ws
-from weightspace.config import AutoencoderConfig, GenerateConfig, ImportConfig, LossConfig, PretrainConfig, ZooConfig
+from weightspace.config import (
+    AutoencoderConfig,
+    GenerateConfig,
+    ImportConfig,
+    LossConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    ZooConfig,
+)
 from weightspace.downstream.generate import generate
 from weightspace.downstream.reconstruct import reconstruct
 from weightspace.hyperrep.pretrain import pretrain
@@ -289,7 +297,7 @@ def test_from_zoo_to_networks(name: str, tmp_path: Path) -> None:
         assert (again.weights[key] >= 0).all()
     task = ws.load_task("digits")
     assert outputs(again, task.test.images[:32]).logits.isfinite().all()
-    records, _ = reconstruct(zoo, {"made": made}, {"digits": task}, ("test",), condition=32)
+    records, _ = reconstruct(zoo, {"made": made}, {"digits": task}, ReconstructConfig(("test",), condition=32))
     agreement = next(r["mean"] for r in records if r["metric"] == "agreement" and r["representation"] == "made")
     assert 0 <= agreement <= 1
     config = GenerateConfig(anchors=2, networks=3, bandwidths=(0.1,), condition=32)

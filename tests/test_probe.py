@@ -266,11 +266,11 @@ def test_logistic_probe_chooses_its_penalty_on_validation() -> None:
     models = {penalty: alone(penalty) for penalty in penalties}
     best = max(penalties, key=lambda penalty: accuracy(models[penalty], "val"))
     assert len({accuracy(model, "val") for model in models.values()}) == 3  # there is something to choose
-    predicted = logistic_probe(x, y, penalties)
+    predicted = logistic_probe([x], y, penalties)
     assert np.mean(predicted["test"] == models[best].predict((x["test"] - mean) / std)) > 0.99
     for penalty in penalties:
         expected = models[penalty].predict((x["test"] - mean) / std)
-        assert np.mean(logistic_probe(x, y, (penalty,))["test"] == expected) > 0.99
+        assert np.mean(logistic_probe([x], y, (penalty,))["test"] == expected) > 0.99
 
 
 def test_of_equally_accurate_penalties_the_largest_is_used() -> None:
@@ -279,8 +279,8 @@ def test_of_equally_accurate_penalties_the_largest_is_used() -> None:
     x = {split: rng.normal(size=(len(k), 30)) + np.outer(k, np.r_[8, np.zeros(29)]) for split, k in kind.items()}
     y = {split: np.array(["a", "b"])[k] for split, k in kind.items()}
     y["train"][:2] = y["train"][1::-1]  # two wrong labels, which only a small penalty believes
-    both = logistic_probe(x, y, (1e-6, 0.1))
-    small, large = (logistic_probe(x, y, (penalty,)) for penalty in (1e-6, 0.1))
+    both = logistic_probe([x], y, (1e-6, 0.1))
+    small, large = (logistic_probe([x], y, (penalty,)) for penalty in (1e-6, 0.1))
     assert (large["val"] == y["val"]).all()
     assert (both["test"] == large["test"]).all()
     assert (small["test"] != large["test"]).any()

@@ -478,7 +478,7 @@ def test_foreign_queries_must_fit(digits: ImageTask) -> None:
     with pytest.raises(UserError, match=r"shape \(3, 4, 4\), .*\(1, 8, 8\); resize .* digits@1x8x8"):
         query_set("own+digits@3x4x4", digits, [digits], seeded())
     with pytest.raises(
-        UserError, match=r"query set 'own\+nois' \(own, tasks, noise or a task's name, joined .*unknown task"
+        UserError, match=r"query set 'own\+nois' \(own, tasks, mixed, noise, invented or a task's name, .*unknown task"
     ):
         query_set("own+nois", digits, [digits], seeded())
 

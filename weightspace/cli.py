@@ -26,6 +26,7 @@ from weightspace.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    RefineConfig,
     ZooConfig,
 )
 from weightspace.runs import RunFailed, UserError, read_json
@@ -281,6 +282,10 @@ class Embed:
     """output folder"""
     split: str | None = None
     """split to embed (default: all)"""
+    refine: RefineConfig = field(default_factory=lambda: RefineConfig())
+    """refinement of the embeddings (docs/method.md)"""
+    seed: int = 0
+    """seed of the refinement's queries"""
     device: Device = "auto"
 
     def __call__(self) -> None:
@@ -288,8 +293,10 @@ class Embed:
         from weightspace.hyperrep.representation import HyperRepresentation
         from weightspace.zoo.model_zoo import ModelZoo
 
-        representation = HyperRepresentation.load(self.representation, choose_device(self.device))
-        embed_stage(self.out, ModelZoo.open(self.zoo), representation, self.split)
+        device = choose_device(self.device)
+        representation = HyperRepresentation.load(self.representation, device)
+        zoo = ModelZoo.open(self.zoo)
+        embed_stage(self.out, zoo, representation, self.split, self.refine, self.seed, device)
         print(f"embeddings: {self.out}")
 
 
@@ -336,12 +343,14 @@ class Reconstruct(Downstream):
     """Reconstruct held-out checkpoints and score them: agreement, floor, skill, identity, fidelity."""
 
     config: Inline[ReconstructConfig] = field(default_factory=lambda: DEFAULT.reconstruct)
+    seed: int = 0
+    """seed of the refinement's queries"""
 
     def __call__(self) -> None:
         from weightspace.experiment import reconstruct_stage
 
         zoo, representations, device = self.opened()
-        show(reconstruct_stage(self.out, zoo, representations, self.config, device))
+        show(reconstruct_stage(self.out, zoo, representations, self.config, self.seed, device))
 
 
 @dataclass(frozen=True)

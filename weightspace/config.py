@@ -149,7 +149,8 @@ class LossConfig:
     """weight of what the deviation of each latent value over the batch lacks to 1"""
     query_set: str = "own"
     """inputs on which behavior is compared: own (training images of a checkpoint's own task), tasks (of all tasks of
-    the zoo), noise, a task's name (foreign images), or several joined by + in equal numbers"""
+    the zoo), mixed (pairs of own images overlaid), noise, invented (made from the training checkpoints, without
+    images), a task's name (foreign images), or several joined by + in equal numbers"""
     queries: int = 128
     """queries per step"""
     permute: Literal["contrastive", "all", "none"] = "contrastive"
@@ -201,12 +202,13 @@ class PretrainConfig:
 
 POSITIVE = (
     "anchors", "batch_size", "epochs", "feedforward", "group", "head", "heads", "latent", "layers",
-    "networks", "queries", "seeds", "steps", "temperature", "token_size", "unseen_seeds", "validate_every", "width",
-    "workers", "clip", "learning_rate", "max_bytes", "window",
+    "networks", "queries", "seeds", "steps", "teachers", "temperature", "token_size", "unseen_seeds", "validate_every",
+    "width", "workers", "clip", "learning_rate", "max_bytes", "window",
 )  # fmt: skip
 """Fields that have to be above zero."""
 NOT_NEGATIVE = (
-    "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "scaling",
+    "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "projection",
+    "scaling",
 )  # fmt: skip
 """Fields that may be zero but not less."""
 SHARES = (
@@ -279,7 +281,23 @@ class ProbeConfig:
     penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """candidate ridge penalties per training row; chosen on validation"""
     components: int = 256
-    """principal components to which raw weights are reduced"""
+    """principal components to which raw weights and whole embeddings are reduced"""
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Refinement of embeddings: gradient steps on the latent values against the losses of the representation."""
+
+    projection: int = 0
+    """queries on which every embedding is projected to the least error in its network's own outputs (0: it is not)"""
+    steps: int = 0
+    """gradient steps on every embedding after that (0: none)"""
+    learning_rate: float = 0.01
+    """first step size; it falls to zero along a cosine, and is up to ten times as large where the start is bad"""
+    queries: int = 128
+    """queries per step"""
+    query_set: str = "own+mixed"
+    """inputs on which behavior is compared, as loss.query_set"""
 
 
 @dataclass(frozen=True)
@@ -288,6 +306,9 @@ class ReconstructConfig:
 
     splits: tuple[str, ...] = ("test", "unseen")
     """splits that are reconstructed"""
+    epochs: tuple[int, ...] = ()
+    """epochs of the zoo whose checkpoints are reconstructed (default: those of the training)"""
+    refine: RefineConfig = RefineConfig()
     condition: int = 0
     """training images on which the statistics of batch normalizations are measured after decoding (0: as decoded)"""
 
@@ -306,6 +327,9 @@ class GenerateConfig:
     """candidate bandwidths of the KDEs; the widest whose networks keep the anchors' validation accuracy is used"""
     tolerance: float = 0.01
     """how far the mean validation accuracy may fall below the anchors'"""
+    refine: RefineConfig = RefineConfig()
+    teachers: int = 2
+    """where embeddings are refined: random anchors whose mean probabilities each new network learns to give"""
     condition: int = 0
     """training images on which the statistics of batch normalizations are measured after decoding (0: as decoded)"""
 
@@ -372,6 +396,12 @@ def losses(behavior: LossConfig) -> dict[str, LossConfig]:
     return {"structure": dataclasses.replace(behavior, beta=1.0), "structure+behavior": behavior}
 
 
+TAUGHT = GenerateConfig(
+    bandwidths=(0.2, 0.4, 0.6, 0.8), refine=RefineConfig(projection=2000, steps=60, learning_rate=0.03)
+)
+"""Generation of networks that learn from the anchors what to do."""
+
+
 def digits() -> Experiment:
     """600 networks on real handwritten digits, both representations, the whole report: minutes on two cores."""
     return Experiment(
@@ -382,8 +412,10 @@ def digits() -> Experiment:
             epochs=12,
             save_epochs=(0, 1, 2, 5, 7, 10, 12),
         ),
-        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=350, batch_size=64, validate_every=50),
+        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=120, batch_size=64, validate_every=40),
         representations=losses(LossConfig(distance="kl")),
+        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=2000, steps=250)),
+        generate=TAUGHT,
     )
 
 

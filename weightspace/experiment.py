@@ -24,13 +24,15 @@ from weightspace.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    RefineConfig,
     ZooConfig,
     check,
 )
 from weightspace.downstream import finetune, generate, probe, reconstruct
 from weightspace.downstream.baselines import ANCHORS, RESERVED
 from weightspace.hyperrep.parallel import processes
-from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.pretrain import pretrain, training_checkpoints
+from weightspace.hyperrep.refine import refined
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.report.page import make_report
 from weightspace.runs import UserError, atomic, checksum, write_json
@@ -68,7 +70,7 @@ def run(config: Experiment, folder: Path, device: torch.device) -> Path:
             for name, loss in config.representations.items()
         }
         probe_stage(folder / "probe", zoo, representations, config.probe)
-        reconstruct_stage(folder / "reconstruct", zoo, representations, config.reconstruct, device)
+        reconstruct_stage(folder / "reconstruct", zoo, representations, config.reconstruct, config.seed, device)
         generate_stage(folder / "generate", zoo, representations, config.generate, config.seed, device)
         names = [*generate.titles(config.representations, config.generate.samplers), ANCHORS]
         networks = {name: folder / "generate" / f"{name}.safetensors" for name in names}
@@ -153,13 +155,26 @@ def _write(folder: Path, records: Records, tables: Mapping[str, pd.DataFrame]) -
     write_json(folder / "records.json", records)
 
 
-def embed_stage(folder: Path, zoo: ModelZoo, representation: HyperRepresentation, split: str | None) -> None:
+def embed_stage(
+    folder: Path,
+    zoo: ModelZoo,
+    representation: HyperRepresentation,
+    split: str | None,
+    config: RefineConfig,
+    seed: int,
+    device: torch.device,
+) -> None:
     """Write embeddings.safetensors (z [n, T, Z]) and embeddings.parquet (the n rows they belong to)."""
+    check(config, "refine")
     representation = representation.on(zoo.architecture)
     claim = {"zoo": zoo.fingerprint, "representation": representation.fingerprint, "split": split}
-    with runs.stage(folder, "embed", claim) as todo:
+    with runs.stage(folder, "embed", claim | {"refine": dataclasses.asdict(config), "seed": seed}) as todo:
         if todo:
-            embeddings = representation.embed(zoo.select(split=split) if split else zoo.read(zoo.frame))
+            checkpoints = zoo.select(split=split) if split else zoo.read(zoo.frame)
+            training = training_checkpoints(zoo, representation.pretrain_config, "train") if config.steps else None
+            tasks = load_tasks(zoo, device) if config.steps else {}
+            with runs.progress("embed", len(checkpoints)) as advance:
+                embeddings = refined(representation, checkpoints, tasks, config, seed, training, advance)
             runs.write_tensors(folder / "embeddings.safetensors", {"z": embeddings.z})
             with atomic(folder / "embeddings.parquet") as path:
                 embeddings.frame.to_parquet(path, index=False)
@@ -188,14 +203,15 @@ def reconstruct_stage(
     zoo: ModelZoo,
     representations: Mapping[str, HyperRepresentation],
     config: ReconstructConfig,
+    seed: int,
     device: torch.device,
 ) -> Records:
     """Reconstruct held-out checkpoints and score them."""
     representations = on(zoo, representations)
-    with runs.stage(folder, "reconstruct", _claim(zoo, representations, config)) as todo:
+    with runs.stage(folder, "reconstruct", _claim(zoo, representations, config, seed=seed)) as todo:
         if todo:
             tasks = load_tasks(zoo, device)
-            records, rows = reconstruct.reconstruct(zoo, representations, tasks, config.splits, config.condition)
+            records, rows = reconstruct.reconstruct(zoo, representations, tasks, config, seed)
             _write(folder, records, {"checkpoints": rows})
     return runs.read_json(folder / "records.json")
 

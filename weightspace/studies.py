@@ -22,7 +22,15 @@ import torch
 from scipy import stats
 
 from weightspace import runs
-from weightspace.config import AutoencoderConfig, Experiment, GenerateConfig, LossConfig, PretrainConfig, ProbeConfig
+from weightspace.config import (
+    AutoencoderConfig,
+    Experiment,
+    GenerateConfig,
+    LossConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+)
 from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS
 from weightspace.downstream.distances import paired
@@ -221,7 +229,7 @@ class Lab:
             trained: name -> representation.
             variants: what they are, for x and group of the records.
             where: sub-folder of the study for the outputs, where it scores several times.
-            changes: fields of ProbeConfig or GenerateConfig.
+            changes: fields of ProbeConfig, ReconstructConfig or GenerateConfig.
         """
         folder = self.own / where
         probes = dataclasses.replace(self.base.probe, **_fields(ProbeConfig, changes))
@@ -231,7 +239,8 @@ class Lab:
         write_table(
             folder / "probe_epochs.parquet", by_epoch(pd.read_parquet(folder / "probe" / "predictions.parquet"))
         )
-        records += reconstruct_stage(folder / "reconstruct", zoo, trained, self.base.reconstruct, self.device)
+        rebuilding = dataclasses.replace(self.base.reconstruct, **_fields(ReconstructConfig, changes))
+        records += reconstruct_stage(folder / "reconstruct", zoo, trained, rebuilding, self.base.seed, self.device)
         records += generate_stage(folder / "generate", zoo, trained, generation, self.base.seed, self.device)
         known = {
             title: variants.get(name) for name in trained for title in (name, *titles([name], generation.samplers))

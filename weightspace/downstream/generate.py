@@ -23,6 +23,7 @@ from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS, AVERAGES, NOISE, PCA, fit_pca
 from weightspace.downstream.samplers import WITH_BANDWIDTH, Fitness, joint_kde, sampler_named
 from weightspace.hyperrep.pretrain import training_checkpoints
+from weightspace.hyperrep.refine import ROWS_AT_ONCE, descend, refined, refining_queries
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
@@ -149,9 +150,32 @@ def networks_for(
     def generator(*names: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(seed, "generate", *names))
 
+    teachable = config.refine.steps > 0
+    inputs = refining_queries(task, config.refine, seed, train) if teachable else task.train.images
+    of_anchors = behavior.outputs(anchors, inputs) if teachable else None
+    few = min(config.teachers, len(anchors))
+
+    def taught(representation: HyperRepresentation, z: Tensor) -> Tensor:
+        """Embeddings refined until each network gives the mean probabilities of its own few random anchors.
+
+        In its weights it stays close to where it was drawn: new weights, and a new mixture of known behaviors.
+        """
+        if of_anchors is None:
+            return z
+        draws = torch.rand(len(z), len(anchors), generator=generator("teachers"))
+        chosen = draws.argsort(1)[:, :few].to(of_anchors.logits.device)  # [n, few] different anchors each
+        found = []
+        for start, own in zip(z.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True):
+            goal = of_anchors.logits[own].mean(1) if task.real else of_anchors.probabilities[own].mean(1).log()
+            start = start.to(representation.device)
+            with torch.no_grad():
+                drawn = representation.autoencoder.decode(start)
+            found.append(descend(representation, start, drawn, goal, inputs, config.refine, seed, task.real).cpu())
+        return torch.cat(found)
+
     networks: dict[str, Checkpoints] = {}
     for name, representation in representations.items():
-        embedded = representation.embed(anchors)
+        embedded = refined(representation, anchors, {task.name: task}, config.refine, seed, train)
 
         def decoded(z: Tensor, representation: HyperRepresentation = representation) -> Checkpoints:
             return conditioned(representation.decode(Embeddings(z, numbered(len(z), task.name), architecture)))
@@ -167,9 +191,11 @@ def networks_for(
                 embedded: Embeddings = embedded,
                 decoded: Callable[[Tensor], Checkpoints] = decoded,
                 fitness: Fitness = fitness,
+                representation: HyperRepresentation = representation,
             ) -> Checkpoints:
                 sample = sampler_named(sampler, bandwidth, fitness)
-                return decoded(sample(embedded, config.networks, generator("kde")))
+                z = sample(embedded, config.networks, generator("kde"))
+                return decoded(taught(representation, z))
 
             title = titles([name], config.samplers)[config.samplers.index(sampler)]
             networks[title] = widest(draw, config.bandwidths if sampler in WITH_BANDWIDTH else config.bandwidths[:1])

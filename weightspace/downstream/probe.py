@@ -7,6 +7,7 @@ Legend: n checkpoints, F features.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,46 +72,51 @@ def embedding_features(embeddings: Embeddings, layers: Tensor) -> Array:
     return torch.cat(columns, dim=1).numpy()
 
 
-def ridge_probe(features: dict[str, Array], target: dict[str, Array], penalties: tuple[float, ...]) -> dict[str, Array]:
-    """Ridge regression fitted on 'train', its penalty chosen on 'val'; predictions for every split.
+def ridge_probe(
+    features: Sequence[dict[str, Array]], target: dict[str, Array], penalties: tuple[float, ...]
+) -> dict[str, Array]:
+    """Ridge regression fitted on 'train', features and penalty chosen on 'val'; predictions for every split.
 
     Args:
-        features: {split: [n, F]}; standardized inside with the training mean and standard deviation.
+        features: candidates {split: [n, F]}; standardized inside with the training mean and standard deviation.
         target: {split: [n]}.
         penalties: candidates, in units of the number of training rows.
     """
     fits = []
-    for penalty in penalties:
+    for candidate, penalty in itertools.product(features, penalties):
         model = make_pipeline(StandardScaler(), Ridge(penalty * len(target["train"]), solver="svd"))
-        model.fit(features["train"], target["train"])
-        fits.append((float(np.square(model.predict(features["val"]) - target["val"]).mean()), len(fits), model))
-    best = min(fits)[2]
-    return {split: best.predict(values) for split, values in features.items()}
+        model.fit(candidate["train"], target["train"])
+        error = float(np.square(model.predict(candidate["val"]) - target["val"]).mean())
+        fits.append((error, len(fits), model, candidate))
+    best, chosen = min(fits, key=lambda fit: fit[:2])[2:]
+    return {split: best.predict(values) for split, values in chosen.items()}
 
 
 def logistic_probe(
-    features: dict[str, Array], target: dict[str, Array], penalties: tuple[float, ...]
+    features: Sequence[dict[str, Array]], target: dict[str, Array], penalties: tuple[float, ...]
 ) -> dict[str, Array]:
-    """Multinomial logistic regression fitted on 'train', its penalty chosen on 'val'; predicted classes of every split.
+    """Multinomial logistic regression fitted on 'train', features and penalty chosen on 'val'; predicted classes.
 
     Of penalties with equal accuracy on 'val' the largest is used.
 
     Args:
-        features: {split: [n, F]}; standardized inside with the training mean and standard deviation.
+        features: candidates {split: [n, F]}; standardized inside with the training mean and standard deviation.
         target: {split: [n]} classes; those that do not occur in 'train' are never predicted.
         penalties: candidates, in units of the number of training rows.
     """
-    scaler = StandardScaler().fit(features["train"])
-    scaled = {split: scaler.transform(values) for split, values in features.items()}
+    candidates = []
+    for each in features:
+        scaler = StandardScaler().fit(each["train"])
+        candidates.append({split: scaler.transform(values) for split, values in each.items()})
     fits = []
-    for penalty in penalties:
+    for scaled, penalty in itertools.product(candidates, penalties):
         model = LogisticRegression(C=1 / (penalty * len(target["train"])), max_iter=300)
         with warnings.catch_warnings(), threadpool_limits(1):  # small products, for which threads would wait
             warnings.simplefilter("ignore", ConvergenceWarning)  # such a fit competes on validation as it is
             model.fit(scaled["train"], target["train"])
-        fits.append((float(np.mean(model.predict(scaled["val"]) == target["val"])), penalty, model))
-    best = max(fits, key=lambda fit: fit[:2])[2]
-    return {split: best.predict(values) for split, values in scaled.items()}
+        fits.append((float(np.mean(model.predict(scaled["val"]) == target["val"])), penalty, model, scaled))
+    best, chosen = max(fits, key=lambda fit: fit[:2])[2:]
+    return {split: best.predict(values) for split, values in chosen.items()}
 
 
 def probe(
@@ -120,6 +126,9 @@ def probe(
     others: Mapping[str, ModelZoo] | None = None,
 ) -> tuple[list[dict[str, Any]], pd.DataFrame, pd.DataFrame]:
     """Probe every representation and both baselines for every configured property and category.
+
+    Features of an embedding are the mean and deviation of its values layer by layer, or its principal components;
+    which of the two is chosen on validation, property by property.
 
     Args:
         zoo: probes are fitted on its split 'train' and their penalty is chosen on 'val'.
@@ -156,18 +165,20 @@ def probe(
     categories = [column for column in asked if checkpoints["train"].frame[column].nunique() > 1]
     if skipped := sorted(set(asked) - set(categories)):
         notice(f"not classified, since all training members have the same: {', '.join(skipped)}")
-    features: dict[str, dict[str, Array]] = {}
+    features: dict[str, list[dict[str, Array]]] = {}
     maps = []
     with progress("probe", (len(representations) + 2) * (1 + len(properties) + len(categories))) as advance:
         for name, representation in representations.items():
             layers = representation.tokenizer.positions[:, 1]
             embedded = {split: representation.embed(part) for split, part in checkpoints.items()}
-            features[name] = {split: embedding_features(part, layers) for split, part in embedded.items()}
-            maps.append(_map(features[name], checkpoints).assign(representation=name))
+            by_layer = {split: embedding_features(part, layers) for split, part in embedded.items()}
+            values = {split: part.z.flatten(1).numpy() for split, part in embedded.items()}
+            features[name] = [by_layer, _reduced(values, config)]
+            maps.append(_map(by_layer, checkpoints).assign(representation=name))
             advance(1, name)
-        features[STATISTICS] = {split: weight_statistics(part) for split, part in checkpoints.items()}
+        features[STATISTICS] = [{split: weight_statistics(part) for split, part in checkpoints.items()}]
         advance(1)
-        features[RAW] = _reduced({split: part.flat().numpy() for split, part in checkpoints.items()}, config)
+        features[RAW] = [_reduced({split: part.flat().numpy() for split, part in checkpoints.items()}, config)]
         advance(1)
         scored = [split for split in checkpoints if split not in fitted]
         records, predictions = [], []
@@ -276,7 +287,7 @@ def monitor(zoos: Sequence[ModelZoo], config: PretrainConfig) -> Monitor:
             features = {split: embedding_features(own.embed(part), layers) for split, part in parts.items()}
             for prop in config.probes:
                 target = {split: part.frame[prop].to_numpy(dtype=float) for split, part in parts.items()}
-                error = ridge_probe(features, target, (0.1,))["val"] - target["val"]
+                error = ridge_probe([features], target, (0.1,))["val"] - target["val"]
                 deviation = target["val"] - target["val"].mean()
                 name = f"R2 {prop}" if len(each) == 1 else f"R2 {prop} {own.architecture.name}"
                 found[name] = float(1 - np.square(error).sum() / np.square(deviation).sum())

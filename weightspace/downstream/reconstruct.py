@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from weightspace.config import ReconstructConfig
 from weightspace.downstream import distances, metrics
 from weightspace.downstream.baselines import PCA, fit_pca
 from weightspace.downstream.distances import model_distances, paired, two_sample
 from weightspace.hyperrep.pretrain import training_checkpoints
+from weightspace.hyperrep.refine import refined
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
@@ -149,36 +153,49 @@ def reconstruct(
     zoo: ModelZoo,
     representations: Mapping[str, HyperRepresentation],
     tasks: Mapping[str, ImageTask],
-    splits: tuple[str, ...],
-    condition: int = 0,
+    config: ReconstructConfig,
+    seed: int = 0,
 ) -> tuple[Records, pd.DataFrame]:
     """Reconstruct the checkpoints of some splits with every representation and with PCA at the same size.
 
     Every further representation is also compared with the first one, checkpoint by checkpoint.
 
-    The checkpoints are those of the epochs that the (first) representation was trained on. Splits that the zoo lacks
-    are left out. With `condition`, batch normalizations are measured anew on so many training images after decoding.
+    The checkpoints are those of the configured epochs, by default those that the (first) representation was trained
+    on. Splits that the zoo lacks are left out.
+
+    Args:
+        zoo: the zoo.
+        representations: name -> representation.
+        tasks: the zoo's tasks by name.
+        config: splits and epochs, the refinement of the embeddings, batch normalizations measured after decoding.
+        seed: seed of the refinement's queries.
 
     Returns:
         The records, and a row per checkpoint, representation and split.
     """
-    first, splits = next(iter(representations.values())), zoo.splits(splits)
-    pca = fit_pca(training_checkpoints(zoo, first.pretrain_config, "train").flat(), first.latent_size)
-    methods: dict[str, Callable[[Checkpoints], Checkpoints]]
-    methods = {name: representation.reconstruct for name, representation in representations.items()}
-    methods[PCA] = pca.reconstruct
+    first, splits = next(iter(representations.values())), zoo.splits(config.splits)
+    training = training_checkpoints(zoo, first.pretrain_config, "train")
+    pca = fit_pca(training.flat(), first.latent_size)
+    chosen = replace(first.pretrain_config, epochs=config.epochs or first.pretrain_config.epochs)
+    parts = {split: training_checkpoints(zoo, chosen, split) for split in splits}
     records, frames = [], []
-    with progress("reconstruct", len(methods) * len(splits)) as advance:
-        for split in splits:
-            originals = training_checkpoints(zoo, first.pretrain_config, split)
+    with progress("reconstruct", (len(representations) + 1) * sum(map(len, parts.values()))) as advance:
+        for split, originals in parts.items():
             baseline = None
-            for name, method in methods.items():
-                frame = compare(originals, method(originals), tasks, first.cpu_tokens, condition)
+            for name in (*representations, PCA):
+                done = partial(advance, note=f"{name} on {split}")
+                if name in representations:
+                    refine = (tasks, config.refine, seed, training, done)
+                    again = representations[name].decode(refined(representations[name], originals, *refine))
+                else:
+                    again = pca.reconstruct(originals)
+                frame = compare(originals, again, tasks, first.cpu_tokens, config.condition)
                 records += summarize(frame, name, split)
                 if baseline is None:
                     baseline = frame
                 elif name in representations:
                     records += gains(frame, baseline, name, next(iter(representations)), split)
                 frames.append(frame.assign(representation=name, split=split))
-                advance(1, f"{name} on {split}")
+                if name == PCA or not config.refine.steps:
+                    done(len(originals))
     return records, pd.concat(frames, ignore_index=True)

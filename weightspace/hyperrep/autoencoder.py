@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from weightspace.config import AutoencoderConfig
 from weightspace.runs import UserError
 
+SHARES_OF_A_TOKEN = 2
+"""How many times its own latent values a token may get at most."""
+
 
 class LearnedPositions(nn.Module):
     """Learned vectors for the three positions of a token, summed."""
@@ -64,57 +67,124 @@ POSITIONS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 
 
 class LinearMixture(nn.Module):
-    """K linear autoencoders per token position, chosen by the whole checkpoint: a mixture of principal components.
+    """K linear autoencoders, chosen by the whole checkpoint: a mixture of principal components of every token.
 
-    Component k has a center c_k in token space, its code e_k in latent space, and a basis per position. How much of
-    each component a checkpoint gets follows from its distances to the centers (encoder) or the codes (decoder), as in
-    a mixture of probabilistic PCA (Tipping and Bishop 1999, "Mixtures of probabilistic principal component
-    analyzers"). Members that start from the same weights lie around one center, so that the latent values are spent on
-    what training changed. With one component it is PCA per position.
+    Component k has a center c_k in token space, its code e_k in latent space, and a basis of R directions per position.
+    How much of each component a checkpoint gets follows from its distances to the centers (encoder) or the codes
+    (decoder), as in a mixture of probabilistic PCA (Tipping and Bishop 1999, "Mixtures of probabilistic principal
+    component analyzers"). Members that start from the same weights lie around one center, so that the latent values are
+    spent on what training changed.
+
+    The T x Z latent values of a checkpoint are dealt to the directions of all its tokens that matter most (`slots`): a
+    short row, which needs few values, leaves the rest of its own to longer ones.
     """
 
     spread: Tensor
     """[2]: variance per entry around the centers and around the codes."""
+    slots: Tensor
+    """[T x Z]: which of the T x R directions each latent value is the coordinate of."""
 
-    def __init__(self, components: int, tokens: int, size: int, latent: int) -> None:
+    def __init__(self, components: int, tokens: int, size: int, latent: int, dealt: bool) -> None:
+        """Build it for tokens of some size; if the latent values are not dealt, every token keeps its own."""
         super().__init__()
+        rank = max(min(size, SHARES_OF_A_TOKEN * latent), latent) if dealt else latent
+        self.latent = latent
+        self.dealt = dealt
         self.centers = nn.Parameter(torch.zeros(components, tokens, size))
-        self.codes = nn.Parameter(torch.zeros(components, tokens, latent))
-        self.encoder = nn.Parameter(torch.zeros(components, tokens, size, latent))
-        self.decoder = nn.Parameter(torch.zeros(components, tokens, latent, size))
+        self.codes = nn.Parameter(torch.zeros(components, tokens, rank))
+        self.encoder = nn.Parameter(torch.zeros(components, tokens, size, rank))
+        self.decoder = nn.Parameter(torch.zeros(components, tokens, rank, size))
         self.register_buffer("spread", torch.ones(2))
+        first = torch.arange(tokens)[:, None] * rank + torch.arange(latent)
+        self.register_buffer("slots", first.flatten())
 
     def encode(self, x: Tensor, at: slice) -> Tensor:
         """The tokens of some positions [B, T', D] -> [B, T', Z]."""
-        return _mapped(x, self.centers[:, at], self.codes[:, at], self.encoder[:, at], self.spread[0])
+        return self.packed(_mapped(x, self.centers[:, at], self.codes[:, at], self.encoder[:, at], self.spread[0]))
 
     def decode(self, z: Tensor, at: slice) -> Tensor:
         """[B, T', Z] -> the tokens of some positions [B, T', D]."""
-        return _mapped(z, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
+        wide = self.unpacked(z)
+        return _mapped(wide, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
+
+    def packed(self, wide: Tensor) -> Tensor:
+        """Coordinates of all directions [B, T', R] -> latent values [B, T', Z]."""
+        return wide.flatten(1)[:, self.slots].unflatten(1, (-1, self.latent)) if self.dealt else wide
+
+    def unpacked(self, z: Tensor) -> Tensor:
+        """Latent values [B, T', Z] -> coordinates of all directions [B, T', R], zero where there is no value."""
+        if not self.dealt:
+            return z
+        wide = z.new_zeros(len(z), self.codes[0].numel())
+        return wide.index_copy(1, self.slots, z.flatten(1)).unflatten(1, self.codes.shape[1:])
+
+    def directions(self, z: Tensor) -> Tensor:
+        """What one unit of each coordinate adds to its token where z lies: [B, T, Z] -> [B, T, R, D]."""
+        share = _shares(self.unpacked(z), self.codes, self.spread[1])
+        return torch.einsum("bk,ktrd->btrd", share, self.decoder)
 
     @torch.no_grad()
-    def fit(self, x: Tensor, mask: Tensor, seed: int) -> None:
+    def fit(self, x: Tensor, mask: Tensor, seed: int, metric: Tensor | None = None) -> None:
         """Start from the k-means clusters of training tokens [n, T, D] and the principal components around them.
+
+        Args:
+            x: training tokens.
+            mask: which entries are weights [T, D].
+            seed: seed of the clusters.
+            metric: how much an error of each token costs, a quadratic form per position [T, D, D] (default: its
+                square). The components are principal in it, and the encoder projects along it.
 
         Raises:
             UserError: fewer checkpoints than components.
         """
-        components, latent = len(self.centers), self.codes.shape[-1]
+        components, rank = len(self.centers), self.codes.shape[2]
         if len(x) < components:
             raise UserError(f"autoencoder.components={components} exceeds the {len(x)} training checkpoints; lower it")
         with threadpool_limits(1):  # threads add up the centers in an order that changes from run to run
             clusters: Any = KMeans(components, random_state=seed % 2**32).fit(x.flatten(1).numpy())
         centers = torch.from_numpy(clusters.cluster_centers_).view(components, *x.shape[1:]).to(x)
         residual = x - centers[torch.from_numpy(clusters.labels_).long()]  # [n, T, D]
-        basis = principal_directions(residual, latent)  # [T, D, Z]
-        overall = principal_directions(x - x.mean(0), latent)
+        basis, weight = principal_directions(residual, rank, metric)  # [T, D, R], [T, R]
+        if self.dealt:
+            dealt = _dealt(weight, self.latent)
+            self.slots.copy_(dealt)
+            kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, dealt, True).view_as(weight)
+            basis = basis * kept[:, None]
+        projection = _projection(basis, metric)  # [T, D, R]
         self.centers.copy_(centers)
-        self.codes.copy_(torch.einsum("ktd,tdz->ktz", centers - x.mean(0), overall))
-        self.encoder.copy_(basis.expand_as(self.encoder))
+        self.codes.copy_(torch.einsum("ktd,tdr->ktr", centers - x.mean(0), projection))
+        self.encoder.copy_(projection.expand_as(self.encoder))
         self.decoder.copy_(basis.transpose(1, 2).expand_as(self.decoder))
         smallest = 1e-6  # of a variance; keeps the distances finite where checkpoints coincide with their centers
         self.spread[0] = (residual.square().sum() / (len(x) * mask.sum())).clamp(min=smallest)
-        self.spread[1] = torch.einsum("ntd,tdz->ntz", residual, basis).square().mean().clamp(min=smallest)
+        around = torch.einsum("ntd,tdr->ntr", residual, projection).square().sum()
+        self.spread[1] = (around / (len(x) * len(self.slots))).clamp(min=smallest)
+
+
+def _shares(x: Tensor, origin: Tensor, spread: Tensor) -> Tensor:
+    """Responsibilities of the components around some origins [K, T, I] for x [B, T, I]: [B, K]."""
+    flat, origins = x.flatten(1), origin.flatten(1)
+    distance = flat.square().sum(1, keepdim=True) + origins.square().sum(1) - 2 * flat @ origins.T  # [B, K]
+    return (-0.5 * distance / spread).softmax(1)
+
+
+def _dealt(weight: Tensor, latent: int) -> Tensor:
+    """The T x Z most important of the directions [T, R], each token's own first values for its own [T x Z].
+
+    What a token does not use of its values goes to the directions that other tokens have beyond theirs, in order.
+    """
+    tokens, rank = weight.shape
+    chosen = weight.flatten().topk(tokens * latent).indices  # the largest
+    kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, chosen, True).view_as(weight)
+    index = torch.arange(tokens * rank).view(tokens, rank)
+    own, beyond = index.new_full((tokens, latent), -1), []
+    for token in range(tokens):
+        mine = index[token, kept[token]]
+        own[token, : min(len(mine), latent)] = mine[:latent]
+        beyond.append(mine[latent:])
+    slots = own.flatten()
+    slots[slots < 0] = torch.cat(beyond)
+    return slots
 
 
 def _mapped(x: Tensor, origin: Tensor, target: Tensor, basis: Tensor, spread: Tensor) -> Tensor:
@@ -129,23 +199,51 @@ def _mapped(x: Tensor, origin: Tensor, target: Tensor, basis: Tensor, spread: Te
         basis: [K, T, I, O].
         spread: variance per entry around the origins.
     """
-    flat, origins = x.flatten(1), origin.flatten(1)
-    distance = flat.square().sum(1, keepdim=True) + origins.square().sum(1) - 2 * flat @ origins.T  # [B, K]
-    share = (-0.5 * distance / spread).softmax(1)  # [B, K]
+    share = _shares(x, origin, spread)  # [B, K]
     offset = target - torch.einsum("kti,ktio->kto", origin, basis)  # [K, T, O]
     every = x.transpose(0, 1) @ basis.permute(1, 2, 0, 3).flatten(2)  # [T, B, K * O]
     mapped = torch.einsum("bk,tbko->bto", share, every.unflatten(2, (len(basis), -1)))
     return mapped + torch.einsum("bk,kto->bto", share, offset)
 
 
-def principal_directions(centered: Tensor, count: int) -> Tensor:
-    """The first `count` principal directions per position of centered tokens [n, T, D] -> [T, D, count].
+def principal_directions(centered: Tensor, count: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The first `count` principal directions per position of centered tokens, and what leaving each out would cost.
 
     Zero-padded where there are fewer entries than directions.
+
+    Args:
+        centered: [n, T, D].
+        count: how many directions.
+        metric: quadratic form per position in which errors are measured [T, D, D] (default: their square).
+
+    Returns:
+        Orthonormal directions [T, D, count] and the mean costs [T, count], largest first.
     """
     rows = centered.transpose(0, 1).double()  # [T, n, D]
-    vectors = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors.flip(-1)[..., :count]  # largest first
-    return F.pad(vectors, (0, max(count - vectors.shape[-1], 0))).to(centered)
+    covariance = rows.transpose(1, 2) @ rows / rows.shape[1]
+    if metric is None:
+        values, vectors = torch.linalg.eigh(covariance)
+        values, directions = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+    else:
+        lengths, axes = torch.linalg.eigh(metric.double())
+        lengths = lengths.clamp(min=1e-12 * float(lengths.max())).sqrt()
+        root = (axes * lengths[:, None]) @ axes.transpose(1, 2)
+        inverse = (axes / lengths[:, None]) @ axes.transpose(1, 2)
+        values, vectors = torch.linalg.eigh(root @ covariance @ root)
+        values, vectors = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+        directions = torch.linalg.qr(inverse @ vectors).Q  # the same spans, for every number of them
+    missing = max(count - directions.shape[-1], 0)
+    return F.pad(directions, (0, missing)).to(centered), F.pad(values.clamp(min=0), (0, missing)).to(centered)
+
+
+def _projection(basis: Tensor, metric: Tensor | None) -> Tensor:
+    """The map to the coordinates in a basis [T, D, R] at which the error is least in a metric [T, D, D]: [T, D, R]."""
+    if metric is None:
+        return basis
+    weighted = metric.double() @ basis.double()  # [T, D, R]
+    inner = basis.double().transpose(1, 2) @ weighted
+    unused = torch.diag_embed((basis.square().sum(1) == 0).double())
+    return torch.linalg.solve(inner + unused, weighted.transpose(1, 2)).transpose(1, 2).to(basis)
 
 
 def transformer(width: int, layers: int, heads: int, feedforward: int) -> nn.TransformerEncoder:
@@ -267,7 +365,10 @@ class Autoencoder(nn.Module):
         self.windows = windows_of(tokens, config.window, config.halo)
         self.kind = None if core is None else nn.Parameter(torch.zeros(config.width))
         self.core = Core(config, [(mask, positions)]) if core is None else core
-        self.mixture = LinearMixture(config.components, tokens, size, config.latent) if config.components else None
+        self.mixture = None
+        if config.components:
+            dealt = config.window is None  # a window is decoded from its own latent values alone
+            self.mixture = LinearMixture(config.components, tokens, size, config.latent, dealt)
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> embedding [B, T, Z]."""
@@ -300,14 +401,16 @@ class Autoencoder(nn.Module):
         return self.core.head(z.mean(1) if self.core.averaged else z)
 
     @torch.no_grad()
-    def fit(self, x: Tensor, seed: int) -> None:
+    def fit(self, x: Tensor, seed: int, metric: Tensor | None = None) -> None:
         """Start as a mixture of principal components of training tokens [n, T, D], the transformer at zero.
+
+        The components are principal in a metric [T, D, D] where one is given.
 
         Without a mixture there is nothing to fit: the transformer starts at random, as published.
         """
         if self.mixture is None:
             return
-        self.mixture.fit(x, self.mask, seed)
+        self.mixture.fit(x, self.mask, seed, metric)
         for output in (self.core.to_latent, self.core.to_token):
             nn.init.zeros_(output.weight)
             nn.init.zeros_(output.bias)

@@ -35,9 +35,11 @@ from weightspace.hyperrep.representation import (
     assembled,
     once,
 )
+from weightspace.hyperrep.sensitivity import affordable, mean_sensitivity
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
+from weightspace.networks.inventing import invented
 from weightspace.networks.symmetry import groups_of
 from weightspace.runs import (
     RunFailed,
@@ -63,6 +65,8 @@ METRICS_FILE = "metrics.jsonl"
 LAST_FILE = "last.safetensors"
 STATE_FOLDER = "state"
 """How the folder of weights and optimizer begins; the number of the step follows."""
+METRIC_CHECKPOINTS, METRIC_QUERIES = 32, 64
+"""Training checkpoints, and queries for each, on which the metric of the first linear compression is measured."""
 VALIDATION_IMAGES = 512
 """Most images on which validation compares behavior."""
 
@@ -317,8 +321,12 @@ def part_of(
     device, architecture = representation.device, zoo.architecture
     tasks = [load_task(name).to(device) for name in zoo.tasks]
     generator = torch.Generator().manual_seed(derive_seed(seed, "queries"))
-    queries = {task.name: query_set(loss.query_set, task, tasks, generator) for task in tasks}
     size = representation.tokenizer.mask.numel()
+
+    def invent(*inputs: Any) -> Tensor:
+        return invented(zoo.read(sample(frame, size, seed)), *inputs)
+
+    queries = {task.name: query_set(loss.query_set, task, tasks, generator, invent) for task in tasks}
     val = zoo.read(sample(training_rows(zoo, config, "val"), size, seed)).to(device)
     validation = []
     for task in tasks:
@@ -555,7 +563,8 @@ def untrained(
         representation = assembled(autoencoder, tokenizers, normalizers, info)
     if start is None or not go_on:
         for one, x in zip(representation.siblings, tokens, strict=True):
-            one.autoencoder.fit(one.normalizer.normalize(x), derive_seed(seed, "mixture"))
+            metric = _metric(one, zoos, frames, loss, seed)
+            one.autoencoder.fit(one.normalizer.normalize(x), derive_seed(seed, "mixture"), metric)
             if one.latent_size >= one.architecture.parameter_count:
                 notice(
                     f"nothing is compressed: {one.latent_size:,} latent values (tokens x autoencoder.latent) for "
@@ -566,6 +575,35 @@ def untrained(
         kept = state if go_on else {name: value for name, value in state.items() if name.startswith("0.core.")}
         representation.load_state({**representation.state(), **kept})
     return representation
+
+
+def _metric(
+    representation: HyperRepresentation,
+    zoos: Sequence[ModelZoo],
+    frames: Sequence[pd.DataFrame],
+    loss: LossConfig,
+    seed: int,
+) -> Tensor | None:
+    """What errors of its tokens cost in behavior [T, D, D]: the mean over some training checkpoints of its network.
+
+    None where behavior is not compared, there is no mixture to start from, or it would take too much memory.
+    """
+    heights = [beta for _, beta in loss.beta] if isinstance(loss.beta, tuple) else [loss.beta]
+    if min(heights) == 1 or representation.autoencoder.mixture is None or not affordable(representation):
+        return None
+    found: list[Tensor] = []
+    for zoo, frame in zip(zoos, frames, strict=True):
+        if zoo.architecture != representation.architecture:
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, "metric", zoo.fingerprint))
+        tasks = [load_task(name) for name in zoo.tasks]
+        for task in tasks:
+            own = frame[frame["task"] == task.name]
+            some = zoo.read(own.iloc[torch.randperm(len(own), generator=generator)[:METRIC_CHECKPOINTS].numpy()])
+            queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
+            inputs = queries.draw(METRIC_QUERIES * len(some), generator)
+            found.append(mean_sensitivity(representation, some, inputs, task.real, generator))
+    return torch.stack(found).mean(0)
 
 
 def _covers(start: HyperRepresentation, networks: Sequence[Architecture]) -> bool:

@@ -23,7 +23,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightspace.networks.architectures import Architecture
@@ -158,6 +158,39 @@ def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group
     with _plain_attention():
         parts = [run(dict(zip(weights, w, strict=True)), x) for w, x in zip(chunks, each, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gradients(
+    network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, real: bool, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """How one checkpoint's outputs move with its weights: a random gradient per input, {name: [Q, *shape]}.
+
+    Of logits it is the gradient of the log-probability of a class drawn from the network's own probabilities; of
+    values, of their product with a random normal vector. The mean of its square is the Gauss-Newton matrix of KL, or of
+    half the squared error (Martens 2020, arXiv 1412.1193, section 9).
+
+    Args:
+        network: any instance of the base network (`runner`).
+        weights: {name: shape}, of one checkpoint.
+        inputs: [Q, ...].
+        real: whether the outputs are values, not logits.
+        generator: randomness of the classes or vectors.
+    """
+
+    def moved(own: dict[str, Tensor], x: Tensor, draw: Tensor) -> Tensor:
+        output = functional_call(network, own, (x[None],))[0]  # [C]
+        if real:
+            return output @ draw
+        found = output.log_softmax(-1)
+        drawn = (found.detach().exp().cumsum(-1) < draw[0]).sum().clamp(max=len(found) - 1)
+        return found.gather(0, drawn[None])[0]
+
+    with torch.no_grad():
+        classes = functional_call(network, weights, (inputs[:1],)).shape[-1]
+    draw = torch.randn if real else torch.rand
+    draws = draw(len(inputs), classes, generator=generator).to(inputs.device)
+    with _plain_attention():
+        return vmap(grad(moved), (None, 0, 0), randomness="different")(weights, inputs, draws)
 
 
 @contextmanager

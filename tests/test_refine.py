@@ -1,0 +1,207 @@
+"""Refinement of embeddings, the metric it works in, and queries made from networks alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weightspace.config import AutoencoderConfig, GenerateConfig, LossConfig, PretrainConfig, RefineConfig
+from weightspace.downstream.baselines import ANCHORS
+from weightspace.downstream.generate import generate
+from weightspace.hyperrep import losses
+from weightspace.hyperrep.autoencoder import principal_directions
+from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.refine import descend, projected, refined, refining_queries
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.hyperrep.sensitivity import RIDGE, sensitivities
+from weightspace.networks import behavior
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.networks.inventing import invented
+from weightspace.runs import UserError
+from weightspace.tasks.images import load_task
+from weightspace.tasks.queries import query_set
+from weightspace.zoo.model_zoo import ModelZoo
+
+DIGITS = load_task("digits")
+TASKS = {"digits": DIGITS}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(zoo: ModelZoo, folder: Path, loss: LossConfig) -> HyperRepresentation:
+    config = PretrainConfig(epochs=(1, 2), steps=2, batch_size=4, learning_rate=1e-4)
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=20, components=2)
+    return pretrain(zoo, folder, config, loss, size, seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def representation(tiny_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> HyperRepresentation:
+    return trained(tiny_zoo, tmp_path_factory.mktemp("behavior"), LossConfig(distance="kl", queries=16))
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_zoo: ModelZoo) -> Checkpoints:
+    return tiny_zoo.select(split=["val", "test", "unseen"], epoch=2)
+
+
+def behavioral_error(representation: HyperRepresentation, checkpoints: Checkpoints, z: Tensor) -> Tensor:
+    """KL to the originals on the test images, from the definition: [n]."""
+    decoded = representation.decode(replace(representation.embed(checkpoints), z=z))
+    wanted, found = (behavior.outputs(some, DIGITS.test.images).logits for some in (checkpoints, decoded))
+    kl = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
+    return kl.sum(-1).mean(1)
+
+
+def test_each_move_brings_the_behavior_closer(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    plain = refined(representation, held_out, TASKS, RefineConfig()).z
+    assert torch.equal(plain, representation.embed(held_out).z)
+    moved = refined(representation, held_out, TASKS, RefineConfig(projection=512)).z
+    descended = refined(representation, held_out, TASKS, RefineConfig(projection=512, steps=30)).z
+    errors = [behavioral_error(representation, held_out, z).mean() for z in (plain, moved, descended)]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.9 * errors[1]
+
+
+def test_a_network_is_refined_on_its_own(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    config = RefineConfig(projection=64, steps=5, queries=16)
+    together = refined(representation, held_out, TASKS, config).z
+    alone = refined(representation, held_out.rows([1]), TASKS, config).z
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+    assert torch.equal(together, refined(representation, held_out, TASKS, config).z)  # the same seed
+    assert not torch.equal(together, refined(representation, held_out, TASKS, config, seed=1).z)
+
+
+def test_structure_alone_is_refined_without_running_networks(
+    tiny_zoo: ModelZoo, held_out: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = trained(tiny_zoo, tmp_path / "r", LossConfig(beta=1.0, queries=16))
+    x, mask = structure.tokens(held_out.weights), structure.autoencoder.mask
+    start = structure.embed(held_out).z
+    no_outputs = torch.zeros(len(held_out), 8, 10)
+    monkeypatch.setattr(behavior, "logits", None)
+    z = descend(structure, start, x, no_outputs, DIGITS.train.images[:8], RefineConfig(steps=40))
+    before, after = (losses.structural(structure.autoencoder.decode(some), x, mask) for some in (start, z))
+    assert after < before
+
+
+def test_sensitivity_is_the_gauss_newton_matrix_of_kl(
+    representation: HyperRepresentation, held_out: Checkpoints
+) -> None:
+    """For a small error e of one token the mean KL is e^T M e / 2, up to what sampling of classes leaves."""
+    one, images = held_out.rows([0]), DIGITS.train.images[:400]
+    found = sensitivities(representation, one, images, False, seed=0)[0]  # [T, D, D]
+    x = representation.tokens(one.weights)
+    wanted = behavior.outputs(one, images).logits
+    mask = representation.autoencoder.mask
+    for token in (30, 50):  # of the linear layers
+        matrix = found[token]
+        level = matrix.diagonal()[mask[token]].mean() * RIDGE / (1 + RIDGE)
+        matrix = matrix - level * torch.diag(mask[token].float())
+        error = torch.linalg.eigh(matrix).eigenvectors[:, -1]  # where it is largest
+        size = (2e-3 / (error @ matrix @ error)).sqrt()
+        moved = x.clone()
+        moved[0, token] += size * error
+        other = Checkpoints(one.architecture, representation.weights(moved), one.frame)
+        logits = behavior.outputs(other, images).logits
+        kl = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+        assert float(kl) == pytest.approx(1e-3, rel=0.35)
+
+
+def test_projection_is_the_least_error_in_that_metric(
+    representation: HyperRepresentation, held_out: Checkpoints
+) -> None:
+    """Any other coordinates of a token cost more; with the identity as metric nothing is gained."""
+    some, config = held_out.rows([0, 1]), RefineConfig(projection=len(DIGITS.train.images))
+    start = representation.embed(some).z
+    z = projected(representation, some, start, DIGITS.train.images, config, 0)
+    mixture = representation.autoencoder.mixture
+    assert mixture is not None
+    basis, x = mixture.directions(start), representation.tokens(some.weights)
+    metric = sensitivities(representation, some, DIGITS.train.images, False, seed=1)
+    lacking = (x - representation.autoencoder.decode(start)) * representation.autoencoder.mask
+
+    def cost(change: Tensor) -> Tensor:
+        left = lacking - torch.einsum("ntr,ntrd->ntd", change, basis)
+        return torch.einsum("ntd,ntde,nte->n", left, metric, left)
+
+    change = mixture.unpacked(z - start)
+    assert (cost(change) < 0.99 * cost(torch.zeros_like(change))).all()
+    for seed in range(5):
+        other = torch.randn(change.shape, generator=seeded(seed)) * (basis.square().sum(-1) > 0)
+        assert (cost(change) < cost(change + 0.05 * other)).all()
+
+
+@torch.no_grad()
+def test_directions_in_a_metric_leave_the_least_error() -> None:
+    """Against PCA of transformed data, worked out in whitened coordinates."""
+    x = torch.randn(50, 2, 4, generator=seeded())
+    root = torch.randn(2, 4, 4, generator=seeded(1))
+    metric = root.transpose(1, 2) @ root + 0.1 * torch.eye(4)
+    directions, cost = principal_directions(x, 2, metric)
+    for token in range(2):
+        half = torch.linalg.cholesky(metric[token])  # metric = half half^T
+        y = x[:, token] @ half
+        values = torch.linalg.eigvalsh(y.T @ y / 50).flip(0)
+        torch.testing.assert_close(cost[token], values[:2], rtol=1e-4, atol=1e-5)
+        basis = half.T @ directions[token]  # [D, 2] in the whitened coordinates
+        kept = y @ torch.linalg.qr(basis).Q
+        torch.testing.assert_close(
+            (y.square().sum() - kept.square().sum()) / 50, values[2:].sum(), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_latent_values_are_dealt_by_what_they_are_worth(representation: HyperRepresentation) -> None:
+    """Rows of 10 weights need fewer than the others: their spare values lie in longer rows, each value in one place."""
+    mixture = representation.autoencoder.mixture
+    assert mixture is not None and mixture.dealt
+    slots, rank = mixture.slots, mixture.codes.shape[2]
+    assert len(slots.unique()) == len(slots) == representation.latent_size
+    each = torch.bincount(slots // rank, minlength=representation.tokenizer.count)
+    assert each.max() > 20 and each.sum() == representation.latent_size
+    z = torch.randn(3, representation.tokenizer.count, 20, generator=seeded())
+    assert torch.equal(mixture.packed(mixture.unpacked(z)), z)
+    unused = torch.ones(mixture.codes[0].numel(), dtype=torch.bool).index_fill(0, slots, False)
+    assert (mixture.decoder.flatten(1, 2)[:, unused] == 0).all()
+
+
+def test_invented_queries_confuse_networks_more_than_noise(tiny_zoo: ModelZoo) -> None:
+    members = tiny_zoo.select(split="train", epoch=2)
+    low, high = DIGITS.train.images.min(), DIGITS.train.images.max()
+    made = invented(members, torch.Size((32, 1, 8, 8)), low, high, seeded())
+    assert made.shape == (32, 1, 8, 8) and made.min() >= low and made.max() <= high
+    noise = low + (high - low) * torch.rand(32, 1, 8, 8, generator=seeded())
+    runner_up = [behavior.outputs(members, some).probabilities.topk(2).values[..., 1].mean() for some in (made, noise)]
+    assert runner_up[0] > 1.1 * runner_up[1]  # two classes at once
+    (queries,) = query_set("invented", DIGITS, [DIGITS], seeded(), partial(invented, members)).sources
+    assert len(queries) == 2 * len(DIGITS.train.images)
+    with pytest.raises(UserError, match="made from training checkpoints, and none are given"):
+        query_set("own+invented", DIGITS, [DIGITS], seeded())
+
+
+def test_mixed_queries_lie_between_two_images() -> None:
+    (mixed,) = query_set("mixed", DIGITS, [DIGITS], seeded()).sources
+    own = DIGITS.train.images
+    assert len(mixed) == 2 * len(own) and mixed.min() >= own.min() - 1e-5 and mixed.max() <= own.max() + 1e-5
+    stacked = refining_queries(DIGITS, RefineConfig(), 0)
+    assert len(stacked) == 3 * len(own) and torch.equal(stacked[: len(own)], own)
+
+
+def test_taught_networks_behave_like_their_teachers(representation: HyperRepresentation, tiny_zoo: ModelZoo) -> None:
+    """With all anchors as teachers every network learns to give what their ensemble gives."""
+    config = GenerateConfig(anchors=4, networks=4, bandwidths=(0.3,), teachers=4)
+    taught = replace(config, refine=RefineConfig(steps=60, learning_rate=0.03))
+    made, plain = (generate(tiny_zoo, {"r": representation}, TASKS, each, 0).networks for each in (taught, config))
+    ensemble = behavior.outputs(made[ANCHORS], DIGITS.test.images).probabilities.mean(0)
+    distances = [
+        (behavior.outputs(some["r"], DIGITS.test.images).probabilities - ensemble).square().sum(-1).mean()
+        for some in (made, plain)
+    ]
+    assert distances[0] < 0.7 * distances[1]

@@ -1,0 +1,204 @@
+"""Refinement: what the encoder gives is a guess; gradient steps on the latent values make it fit one network.
+
+An encoder maps all checkpoints alike. The best embedding of one checkpoint under the losses of the representation is
+found with the decoder fixed (semi-amortized inference: Kim et al. 2018, arXiv 1802.02550), in two moves. `projected`:
+what the decoder misses of each token is moved into directions along which the network's outputs do not change, a linear
+problem per token. `descend`: gradient steps on the losses. The same descent lets a drawn embedding learn what its
+network should do, with the outputs of teachers as the goal.
+
+Legend: n checkpoints, T tokens, D token size, Z latent values, N queries in all, Q per step, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightspace.config import LossConfig, RefineConfig, from_dict
+from weightspace.hyperrep import losses
+from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
+from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, affordable, sensitivities
+from weightspace.networks import behavior
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.networks.inventing import invented
+from weightspace.runs import derive_seed
+from weightspace.tasks.images import ImageTask
+from weightspace.tasks.queries import Invent, query_set
+
+ROWS_AT_ONCE = 128
+"""Checkpoints refined together, so that memory stays bounded."""
+FARTHEST = 10.0
+"""How many times the step size may be that of the config where the encoder's guess is bad."""
+DECAYS = (0.9, 0.99)
+"""Of Adam's moments: a hundred steps have to be enough."""
+
+
+def refined(
+    representation: HyperRepresentation,
+    checkpoints: Checkpoints,
+    tasks: Mapping[str, ImageTask],
+    config: RefineConfig,
+    seed: int = 0,
+    training: Checkpoints | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Embeddings:
+    """Embeddings of checkpoints, the encoder's refined by `config.steps` gradient steps.
+
+    Args:
+        representation: the representation; its losses say what is descended.
+        checkpoints: n checkpoints of one base network.
+        tasks: {name: task} of the checkpoints; behavior is compared on queries for their own.
+        config: how many steps, how large, on which queries.
+        seed: seed of the queries.
+        training: training checkpoints, for queries that are `invented`.
+        advance: told how many checkpoints are done.
+    """
+    representation = representation.on(checkpoints.architecture)
+    embeddings = representation.embed(checkpoints)
+    if not config.steps and not config.projection:
+        return embeddings
+    z = embeddings.z.clone()
+    for name, rows in checkpoints.frame.reset_index(drop=True).groupby("task"):
+        task, index = tasks[str(name)], torch.as_tensor(rows.index.to_numpy(copy=True))
+        own = training and training.rows((training.frame["task"] == name).to_numpy())
+        inputs = refining_queries(task, config, seed, own)
+        for chunk in index.split(ROWS_AT_ONCE):
+            some = checkpoints.rows(chunk.numpy()).to(representation.device)
+            goal = representation.tokens(some.weights), behavior.outputs(some, inputs).logits
+            start = projected(representation, some, z[chunk].to(representation.device), inputs, config, seed, task.real)
+            z[chunk] = descend(representation, start, *goal, inputs, config, seed, task.real).cpu()
+            if advance is not None:
+                advance(len(chunk))
+    return Embeddings(z, checkpoints.frame, checkpoints.architecture)
+
+
+def refining_queries(task: ImageTask, config: RefineConfig, seed: int, training: Checkpoints | None = None) -> Tensor:
+    """All queries [N, ...] that a refinement for checkpoints of one task draws from."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "refine", "queries", task.name))
+    invent: Invent | None = partial(invented, training) if training is not None else None
+    return torch.cat(query_set(config.query_set, task, [task], generator, invent).sources)
+
+
+@torch.no_grad()
+def projected(
+    representation: HyperRepresentation,
+    checkpoints: Checkpoints,
+    z: Tensor,
+    inputs: Tensor,
+    config: RefineConfig,
+    seed: int,
+    real: bool = False,
+) -> Tensor:
+    """Move embeddings [n, T, Z] to the least error of each token in the metric of its network's own outputs.
+
+    Of what the decoded token lacks, r, the change of coordinates a that minimizes (r - a B)^T M (r - a B) is added,
+    with the mixture's basis B where z lies and the token's Gauss-Newton matrix M (`sensitivity`) on
+    `config.projection` queries. Nothing is moved where the representation has no mixture or no behavioral loss, or
+    where M takes too much memory.
+    """
+    mixture, mask = representation.autoencoder.mixture, representation.autoencoder.mask
+    loss: LossConfig = from_dict(LossConfig, representation.info["loss"])
+    aware = losses.scheduled(loss.beta, 1.0) < 1
+    if mixture is None or not config.projection or not aware or not affordable(representation):
+        return z
+    seed = derive_seed(seed, "refine", "projection")
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    chosen = inputs[order[: config.projection].to(inputs.device)]
+    distance = losses.distance_of(loss, real)
+    wanted = behavior.outputs(checkpoints, chosen).logits
+
+    def error(z: Tensor) -> Tensor:
+        """L_B of each network [n], not scaled."""
+        decoded = representation.decode(Embeddings(z, checkpoints.frame, checkpoints.architecture))
+        return distance(behavior.outputs(decoded, chosen).logits, wanted).mean(1)
+
+    some = max(MATRICES_AT_ONCE // (len(mask) * mask.shape[1] ** 2), 1)
+    moved = []
+    for rows in torch.arange(len(z)).split(some):
+        own, start = checkpoints.rows(rows.numpy()), z[rows.to(z.device)]
+        lacking = (representation.tokens(own.weights) - representation.autoencoder.decode(start)) * mask  # [n, T, D]
+        basis = mixture.directions(start)  # [n, T, R, D]
+        weighted = basis @ sensitivities(representation, own, chosen, real, seed)  # [n, T, R, D]
+        unused = torch.diag_embed((basis.square().sum(-1) == 0).to(basis))
+        inner = weighted @ basis.transpose(-1, -2) + unused  # [n, T, R, R]
+        level = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        inner = inner + 1e-5 * level * torch.eye(inner.shape[-1], device=inner.device)  # of single precision
+        change = torch.linalg.solve(inner, weighted @ lacking[..., None])[..., 0]  # [n, T, R]
+        moved.append(start + mixture.packed(change))
+    found = torch.cat(moved)
+    better = error(found) < error(z)  # what is far away is not moved rightly by a linear rule
+    return torch.where(better[:, None, None], found, z)
+
+
+def descend(
+    representation: HyperRepresentation,
+    start: Tensor,
+    tokens: Tensor,
+    logits: Tensor,
+    inputs: Tensor,
+    config: RefineConfig,
+    seed: int = 0,
+    real: bool = False,
+) -> Tensor:
+    """Descend (1 - beta) L_B + beta L_S in the latent values of n networks, each on its own: [n, T, Z] -> [n, T, Z].
+
+    Distance, beta (at the end of its schedule) and scale are those of the representation; with beta = 1 no network is
+    run. The step size of a network grows with the root of its behavioral loss at the start.
+
+    Args:
+        representation: the representation of the base network.
+        start: embeddings to start from [n, T, Z].
+        tokens: normalized tokens that the decoded ones should be like [n, T, D].
+        logits: what the decoded networks should give on the queries [n, N, C].
+        inputs: the queries [N, ...].
+        config: steps, step size and queries per step.
+        seed: seed of the queries of each step.
+        real: whether outputs are values, not logits of classes.
+    """
+    loss: LossConfig = from_dict(LossConfig, representation.info["loss"])
+    beta, distance = losses.scheduled(loss.beta, 1.0), losses.distance_of(loss, real)
+    scale = behavioral_scale(representation.info)
+    autoencoder, mask = representation.autoencoder, representation.autoencoder.mask
+    network = behavior.runner(representation.architecture, start.device)
+    count = min(config.queries, len(inputs))
+    group = 1
+    if beta < 1:
+        group = behavior.calibrate(representation.architecture, start.device, count, len(start), training=True)
+
+    def behavioral(decoded: Tensor, chosen: Tensor) -> Tensor:
+        """L_B of each network [n] on some queries."""
+        found = behavior.logits(network, representation.weights(decoded), inputs[chosen], group)
+        return distance(found, logits[:, chosen]).mean(1) / scale
+
+    def queries(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "refine", step))
+        return torch.randperm(len(inputs), generator=generator)[:count].to(inputs.device)
+
+    reach = torch.ones(len(start), 1, 1, device=start.device)
+    if beta < 1:
+        with torch.no_grad():
+            reach *= behavioral(autoencoder.decode(start), queries(-1)).sqrt().clamp(1, FARTHEST)[:, None, None]
+    moved = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS)
+    for step in range(config.steps):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        with torch.enable_grad():
+            decoded = autoencoder.decode(start + reach * moved)
+            each = beta * ((decoded - tokens).square() * mask).sum((1, 2)) / mask.sum()
+            if beta < 1:
+                each = each + (1 - beta) * behavioral(decoded, queries(step))
+            (moved.grad,) = torch.autograd.grad(each.sum(), [moved])
+        optimizer.step()
+    return (start + reach * moved).detach()
+
+
+def behavioral_scale(info: Mapping[str, Any]) -> float:
+    """The value by which a representation's behavioral loss is divided; of several zoos their mean."""
+    scales = info["scales"] if isinstance(info["scales"], list) else [info["scales"]]
+    return sum(each["behavioral"] for each in scales) / len(scales)
