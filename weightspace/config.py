@@ -397,7 +397,7 @@ def losses(behavior: LossConfig) -> dict[str, LossConfig]:
 
 
 TAUGHT = GenerateConfig(
-    bandwidths=(0.2, 0.4, 0.6, 0.8), refine=RefineConfig(projection=2000, steps=60, learning_rate=0.03)
+    bandwidths=(0.1, 0.2), teachers=4, refine=RefineConfig(projection=2000, steps=80, learning_rate=0.03)
 )
 """Generation of networks that learn from the anchors what to do."""
 
@@ -412,9 +412,9 @@ def digits() -> Experiment:
             epochs=12,
             save_epochs=(0, 1, 2, 5, 7, 10, 12),
         ),
-        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=120, batch_size=64, validate_every=40),
+        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=80, batch_size=64, validate_every=20),
         representations=losses(LossConfig(distance="kl")),
-        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=2000, steps=250)),
+        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=2000, steps=200)),
         generate=TAUGHT,
     )
 
@@ -429,8 +429,10 @@ def digits_long() -> Experiment:
             epochs=20,
             save_epochs=(0, 1, 2, 5, 8, 12, 16, 20),
         ),
-        pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=1200, batch_size=128),
+        pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=300, batch_size=128),
         representations=losses(LossConfig(distance="kl")),
+        reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(projection=4000, steps=600)),
+        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=200)),
     )
 
 
@@ -459,12 +461,21 @@ def smoke() -> Experiment:
 
 def street() -> Experiment:
     """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN: under an hour on two cores."""
-    return small("street")
+    return refined(small("street"))
 
 
 def patches() -> Experiment:
     """150 published networks (CNN3) on photographs, a stand-in for EuroSAT: under an hour on two cores."""
-    return small("patches")
+    return refined(small("patches"))
+
+
+def refined(experiment: Experiment) -> Experiment:
+    """The same with refined embeddings, of CNN3s; studies compare what encoders give, which is less."""
+    return dataclasses.replace(
+        experiment,
+        reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=4000, steps=100)),
+        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=60)),
+    )
 
 
 def paper() -> Experiment:
