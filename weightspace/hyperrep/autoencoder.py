@@ -21,6 +21,8 @@ from weightspace.runs import UserError
 
 SHARES_OF_A_TOKEN = 2
 """How many times its own latent values a token may get at most."""
+UNSEEN = 1e-2
+"""Variance expected of networks that were not seen along every direction, as a share of a weight's mean variance."""
 
 
 class LearnedPositions(nn.Module):
@@ -75,8 +77,9 @@ class LinearMixture(nn.Module):
     component analyzers"). Members that start from the same weights lie around one center, so that the latent values are
     spent on what training changed.
 
-    The T x Z latent values of a checkpoint are dealt to the directions of all its tokens that matter most (`slots`): a
-    short row, which needs few values, leaves the rest of its own to longer ones.
+    Where it is known what errors cost in behavior, the T x Z latent values of a checkpoint are dealt to the directions
+    of all its tokens that matter most (`slots`): a short row, which needs few values, leaves the rest of its own to
+    longer ones.
     """
 
     spread: Tensor
@@ -145,10 +148,10 @@ class LinearMixture(nn.Module):
         centers = torch.from_numpy(clusters.cluster_centers_).view(components, *x.shape[1:]).to(x)
         residual = x - centers[torch.from_numpy(clusters.labels_).long()]  # [n, T, D]
         basis, weight = principal_directions(residual, rank, metric)  # [T, D, R], [T, R]
+        if self.dealt and metric is not None:  # by variance alone, dealing does harm
+            self.slots.copy_(_dealt(weight, self.latent))
         if self.dealt:
-            dealt = _dealt(weight, self.latent)
-            self.slots.copy_(dealt)
-            kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, dealt, True).view_as(weight)
+            kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, self.slots, True).view_as(weight)
             basis = basis * kept[:, None]
         projection = _projection(basis, metric)  # [T, D, R]
         self.centers.copy_(centers)
@@ -225,13 +228,17 @@ def principal_directions(centered: Tensor, count: int, metric: Tensor | None = N
         values, vectors = torch.linalg.eigh(covariance)
         values, directions = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
     else:
+        real = metric.diagonal(dim1=1, dim2=2) > 0  # no padding
+        expected = UNSEEN * covariance.diagonal(dim1=1, dim2=2).sum(1) / real.sum(1)
+        covariance = covariance + torch.diag_embed(expected[:, None] * real)
         lengths, axes = torch.linalg.eigh(metric.double())
-        lengths = lengths.clamp(min=1e-12 * float(lengths.max())).sqrt()
+        lengths = lengths.clamp(min=0).sqrt()
         root = (axes * lengths[:, None]) @ axes.transpose(1, 2)
-        inverse = (axes / lengths[:, None]) @ axes.transpose(1, 2)
+        inverse = torch.linalg.pinv(root, hermitian=True)
         values, vectors = torch.linalg.eigh(root @ covariance @ root)
         values, vectors = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
         directions = torch.linalg.qr(inverse @ vectors).Q  # the same spans, for every number of them
+        directions = directions * (values > 1e-12 * values.max())[:, None]  # no padding
     missing = max(count - directions.shape[-1], 0)
     return F.pad(directions, (0, missing)).to(centered), F.pad(values.clamp(min=0), (0, missing)).to(centered)
 
