@@ -121,11 +121,12 @@ def test_every_stage_works_alone(finished: Path, tmp_path: Path, capsys: pytest.
     ]  # fmt: skip
     steps = ["--pretrain.steps", "4", "--pretrain.epochs", "1", "--pretrain.batch-size", "4", "--loss.queries", "16"]
     run("pretrain", zoo, "--out", rep, *small, *steps)
-    run("embed", zoo, rep, "--out", tmp_path / "z", "--split", "test")
+    refine = ["--refine.projection", 100, "--refine.steps", 3]
+    run("embed", zoo, rep, "--out", tmp_path / "z", "--split", "test", *refine)
     run("probe", zoo, rep, "--out", tmp_path / "probe")
     assert "R2 test_acc" in capsys.readouterr().out
-    run("reconstruct", zoo, rep, "--out", tmp_path / "reconstruct", "--splits", "test")
-    run("generate", zoo, rep, "--out", tmp_path / "generate", "--networks", 3, "--bandwidths", 0.1)
+    run("reconstruct", zoo, rep, "--out", tmp_path / "reconstruct", "--splits", "test", *refine)
+    run("generate", zoo, rep, "--out", tmp_path / "generate", "--networks", 3, "--bandwidths", 0.1, *refine)
     made = tmp_path / "generate" / "mine.safetensors"
     run("finetune", made, "--out", tmp_path / "finetune", "--networks", 2, "--epochs", 0, 1)
     run("pretrain", zoo, "--out", tmp_path / "on", "--start", rep, *steps)

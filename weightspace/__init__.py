@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         LossConfig,
         PretrainConfig,
         ProbeConfig,
+        ReconstructConfig,
+        RefineConfig,
         ZooConfig,
     )
     from weightspace.downstream.distances import cka, model_distances
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     )
     from weightspace.experiment import run
     from weightspace.hyperrep.pretrain import pretrain
+    from weightspace.hyperrep.refine import refined
     from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
     from weightspace.networks.architectures import Architecture, register_network
     from weightspace.networks.behavior import Outputs, outputs
@@ -70,6 +73,8 @@ _HOMES = {
     "SCALES": "config",
     "PretrainConfig": "config",
     "ProbeConfig": "config",
+    "ReconstructConfig": "config",
+    "RefineConfig": "config",
     "TokenBatch": "tokens.tokenizer",
     "Tokenizer": "tokens.tokenizer",
     "ZooConfig": "config",
@@ -98,6 +103,7 @@ _HOMES = {
     "register_layer": "networks.layers",
     "register_network": "networks.architectures",
     "reconstruct": "downstream.reconstruct",
+    "refined": "hyperrep.refine",
     "run": "experiment",
     "run_study": "studies",
     "spectrum_study": "zoo.spectrum",
@@ -124,6 +130,8 @@ __all__ = [
     "Outputs",
     "PretrainConfig",
     "ProbeConfig",
+    "ReconstructConfig",
+    "RefineConfig",
     "TokenBatch",
     "Tokenizer",
     "ZooConfig",
@@ -150,6 +158,7 @@ __all__ = [
     "pretrain",
     "probe",
     "reconstruct",
+    "refined",
     "register_layer",
     "register_network",
     "run",

@@ -342,7 +342,7 @@ class Probe(Downstream):
 class Reconstruct(Downstream):
     """Reconstruct held-out checkpoints and score them: agreement, floor, skill, identity, fidelity."""
 
-    config: Inline[ReconstructConfig] = field(default_factory=lambda: DEFAULT.reconstruct)
+    config: Inline[ReconstructConfig] = field(default_factory=lambda: replace(DEFAULT.reconstruct, epochs=()))
     seed: int = 0
     """seed of the refinement's queries"""
 

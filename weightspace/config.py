@@ -205,7 +205,7 @@ POSITIVE = (
     "networks", "queries", "seeds", "steps", "teachers", "temperature", "token_size", "unseen_seeds", "validate_every",
     "width", "workers", "clip", "learning_rate", "max_bytes", "window",
 )  # fmt: skip
-"""Fields that have to be above zero."""
+"""Fields that have to be above zero, but for those that are zero by default."""
 NOT_NEGATIVE = (
     "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise", "projection",
     "scaling",
@@ -232,7 +232,7 @@ def check(config: Any, path: str = "") -> None:
                 check(inner, f"{name}.{key}")
         elif isinstance(value, tuple) and not value and entry.default != () and entry.name != "categories":
             raise UserError(f"{name} is empty; it needs at least one value")
-        elif entry.name in POSITIVE and isinstance(value, int | float) and value <= 0:
+        elif entry.name in POSITIVE and isinstance(value, int | float) and value <= 0 and entry.default != value:
             raise UserError(f"{name} must be above 0, given {value}")
         elif entry.name in NOT_NEGATIVE and isinstance(value, int | float) and value < 0:
             raise UserError(f"{name} must not be negative, given {value}")
@@ -470,9 +470,10 @@ def patches() -> Experiment:
 
 
 def refined(experiment: Experiment) -> Experiment:
-    """The same with refined embeddings, of CNN3s; studies compare what encoders give, which is less."""
+    """The same with refined embeddings of CNN3s, and less training; studies compare what encoders give alone."""
     return dataclasses.replace(
         experiment,
+        pretrain=dataclasses.replace(experiment.pretrain, steps=40, validate_every=20),
         reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=4000, steps=100)),
         generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=60)),
     )
