@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from weightspace.config import AutoencoderConfig, GenerateConfig, LossConfig, PretrainConfig, RefineConfig
 from weightspace.downstream.baselines import ANCHORS
 from weightspace.downstream.generate import generate
+from weightspace.experiment import embed_stage
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.autoencoder import UNSEEN, principal_directions
 from weightspace.hyperrep.pretrain import pretrain
-from weightspace.hyperrep.refine import descend, projected, refined, refining_queries
+from weightspace.hyperrep.refine import projected, refined, refining_queries
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.hyperrep.sensitivity import RIDGE, sensitivities
 from weightspace.networks import behavior
@@ -85,9 +88,9 @@ def test_structure_alone_is_refined_without_running_networks(
     structure = trained(tiny_zoo, tmp_path / "r", LossConfig(beta=1.0, queries=16))
     x, mask = structure.tokens(held_out.weights), structure.autoencoder.mask
     start = structure.embed(held_out).z
-    no_outputs = torch.zeros(len(held_out), 8, 10)
-    monkeypatch.setattr(behavior, "logits", None)
-    z = descend(structure, start, x, no_outputs, DIGITS.train.images[:8], RefineConfig(steps=40))
+    for name in ("logits", "outputs", "gradients"):
+        monkeypatch.setattr(behavior, name, None)
+    z = refined(structure, held_out, TASKS, RefineConfig(projection=100, steps=40)).z
     before, after = (losses.structural(structure.autoencoder.decode(some), x, mask) for some in (start, z))
     assert after < before
 
@@ -121,7 +124,8 @@ def test_projection_is_the_least_error_in_that_metric(
     """Any other coordinates of a token cost more; with the identity as metric nothing is gained."""
     some, config = held_out.rows([0, 1]), RefineConfig(projection=len(DIGITS.train.images))
     start = representation.embed(some).z
-    z = projected(representation, some, start, DIGITS.train.images, config, 0)
+    logits = behavior.outputs(some, DIGITS.train.images).logits
+    z = projected(representation, some, start, logits, DIGITS.train.images, config, 0)
     mixture = representation.autoencoder.mixture
     assert mixture is not None
     basis, x = mixture.directions(start), representation.tokens(some.weights)
@@ -205,3 +209,29 @@ def test_taught_networks_behave_like_their_teachers(representation: HyperReprese
         for some in (made, plain)
     ]
     assert distances[0] < 0.7 * distances[1]
+
+
+def test_progress_counts_every_checkpoint_once(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    for config in (RefineConfig(), RefineConfig(projection=16), RefineConfig(steps=1, queries=4)):
+        counted: list[int] = []
+        refined(representation, held_out, TASKS, config, advance=counted.append)
+        assert sum(counted) == len(held_out)
+
+
+def test_embeddings_may_be_projected_without_descent(
+    representation: HyperRepresentation, tiny_zoo: ModelZoo, tmp_path: Path
+) -> None:
+    config = RefineConfig(projection=64)
+    embed_stage(tmp_path / "z", tiny_zoo, representation, "test", config, 0, torch.device("cpu"))
+    z = load_file(tmp_path / "z" / "embeddings.safetensors")["z"]
+    assert torch.equal(z, refined(representation, tiny_zoo.select(split="test"), TASKS, config).z)
+
+
+def test_slots_that_do_not_exist_are_refused(representation: HyperRepresentation, tmp_path: Path) -> None:
+    broken = copy.deepcopy(representation)
+    mixture = broken.autoencoder.mixture
+    assert mixture is not None
+    mixture.slots[0] = 10**6
+    broken.save(tmp_path / "r")
+    with pytest.raises(UserError, match="names directions that its mixture does not have"):
+        HyperRepresentation.load(tmp_path / "r")

@@ -286,7 +286,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Refinement of embeddings: gradient steps on the latent values against the losses of the representation."""
+    """Refinement of embeddings against the losses of the representation: a projection, then gradient steps."""
 
     projection: int = 0
     """queries on which every embedding is projected to the least error in its network's own outputs (0: it is not)"""
@@ -329,7 +329,7 @@ class GenerateConfig:
     """how far the mean validation accuracy may fall below the anchors'"""
     refine: RefineConfig = RefineConfig()
     teachers: int = 2
-    """where embeddings are refined: random anchors whose mean probabilities each new network learns to give"""
+    """where refine.steps are taken: random anchors whose mean probabilities each new network learns to give"""
     condition: int = 0
     """training images on which the statistics of batch normalizations are measured after decoding (0: as decoded)"""
 
@@ -461,15 +461,15 @@ def smoke() -> Experiment:
 
 def street() -> Experiment:
     """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN: under an hour on two cores."""
-    return refined(small("street"))
+    return with_refinement(small("street"))
 
 
 def patches() -> Experiment:
     """150 published networks (CNN3) on photographs, a stand-in for EuroSAT: under an hour on two cores."""
-    return refined(small("patches"))
+    return with_refinement(small("patches"))
 
 
-def refined(experiment: Experiment) -> Experiment:
+def with_refinement(experiment: Experiment) -> Experiment:
     """The same with refined embeddings of CNN3s, and less training; studies compare what encoders give alone."""
     return dataclasses.replace(
         experiment,

@@ -171,8 +171,9 @@ def embed_stage(
     with runs.stage(folder, "embed", claim | {"refine": dataclasses.asdict(config), "seed": seed}) as todo:
         if todo:
             checkpoints = zoo.select(split=split) if split else zoo.read(zoo.frame)
-            training = training_checkpoints(zoo, representation.pretrain_config, "train") if config.steps else None
-            tasks = load_tasks(zoo, device) if config.steps else {}
+            refines = config.steps > 0 or config.projection > 0  # else neither images nor training checkpoints are read
+            training = training_checkpoints(zoo, representation.pretrain_config, "train") if refines else None
+            tasks = load_tasks(zoo, device) if refines else {}
             with runs.progress("embed", len(checkpoints)) as advance:
                 embeddings = refined(representation, checkpoints, tasks, config, seed, training, advance)
             runs.write_tensors(folder / "embeddings.safetensors", {"z": embeddings.z})

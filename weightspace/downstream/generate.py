@@ -23,7 +23,7 @@ from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS, AVERAGES, NOISE, PCA, fit_pca
 from weightspace.downstream.samplers import WITH_BANDWIDTH, Fitness, joint_kde, sampler_named
 from weightspace.hyperrep.pretrain import training_checkpoints
-from weightspace.hyperrep.refine import ROWS_AT_ONCE, descend, refined, refining_queries
+from weightspace.hyperrep.refine import ROWS_AT_ONCE, compares_behavior, descend, refined, refining_queries
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
@@ -160,7 +160,7 @@ def networks_for(
 
         In its weights it stays close to where it was drawn: new weights, and a new mixture of known behaviors.
         """
-        if of_anchors is None:
+        if of_anchors is None or not compares_behavior(representation):
             return z
         draws = torch.rand(len(z), len(anchors), generator=generator("teachers"))
         chosen = draws.argsort(1)[:, :few].to(of_anchors.logits.device)  # [n, few] different anchors each

@@ -189,6 +189,7 @@ def reconstruct(
                     again = representations[name].decode(refined(representations[name], originals, *refine))
                 else:
                     again = pca.reconstruct(originals)
+                    done(len(originals))
                 frame = compare(originals, again, tasks, first.cpu_tokens, config.condition)
                 records += summarize(frame, name, split)
                 if baseline is None:
@@ -196,6 +197,4 @@ def reconstruct(
                 elif name in representations:
                     records += gains(frame, baseline, name, next(iter(representations)), split)
                 frames.append(frame.assign(representation=name, split=split))
-                if name == PCA or not config.refine.steps:
-                    done(len(originals))
     return records, pd.concat(frames, ignore_index=True)

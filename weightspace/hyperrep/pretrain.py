@@ -599,6 +599,8 @@ def _metric(
         tasks = [load_task(name) for name in zoo.tasks]
         for task in tasks:
             own = frame[frame["task"] == task.name]
+            if own.empty:
+                continue
             some = zoo.read(own.iloc[torch.randperm(len(own), generator=generator)[:METRIC_CHECKPOINTS].numpy()])
             queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
             inputs = queries.draw(METRIC_QUERIES * len(some), generator)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightspace.config import LossConfig, RefineConfig, from_dict
+from weightspace.config import RefineConfig
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, affordable, sensitivities
@@ -34,6 +34,8 @@ ROWS_AT_ONCE = 128
 """Checkpoints refined together, so that memory stays bounded."""
 FARTHEST = 10.0
 """How many times the step size may be that of the config where the encoder's guess is bad."""
+MOST_QUERIES = 20_000
+"""Queries on which the outputs of the checkpoints are kept."""
 DECAYS = (0.9, 0.99)
 """Of Adam's moments: a hundred steps have to be enough."""
 
@@ -47,7 +49,7 @@ def refined(
     training: Checkpoints | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Embeddings:
-    """Embeddings of checkpoints, the encoder's refined by `config.steps` gradient steps.
+    """Embeddings of checkpoints: the encoder's, projected and descended as far as the config asks for it.
 
     Args:
         representation: the representation; its losses say what is descended.
@@ -61,27 +63,39 @@ def refined(
     representation = representation.on(checkpoints.architecture)
     embeddings = representation.embed(checkpoints)
     if not config.steps and not config.projection:
+        if advance is not None:
+            advance(len(checkpoints))
         return embeddings
-    z = embeddings.z.clone()
+    z, compares = embeddings.z.clone(), compares_behavior(representation)
     for name, rows in checkpoints.frame.reset_index(drop=True).groupby("task"):
         task, index = tasks[str(name)], torch.as_tensor(rows.index.to_numpy(copy=True))
         own = training and training.rows((training.frame["task"] == name).to_numpy())
         inputs = refining_queries(task, config, seed, own)
         for chunk in index.split(ROWS_AT_ONCE):
             some = checkpoints.rows(chunk.numpy()).to(representation.device)
-            goal = representation.tokens(some.weights), behavior.outputs(some, inputs).logits
-            start = projected(representation, some, z[chunk].to(representation.device), inputs, config, seed, task.real)
-            z[chunk] = descend(representation, start, *goal, inputs, config, seed, task.real).cpu()
+            tokens, start = representation.tokens(some.weights), z[chunk].to(representation.device)
+            logits = behavior.outputs(some, inputs).logits if compares else None
+            if logits is not None:
+                start = projected(representation, some, start, logits, inputs, config, seed, task.real)
+            z[chunk] = descend(representation, start, tokens, logits, inputs, config, seed, task.real).cpu()
             if advance is not None:
                 advance(len(chunk))
     return Embeddings(z, checkpoints.frame, checkpoints.architecture)
 
 
+def compares_behavior(representation: HyperRepresentation) -> bool:
+    """Whether its losses compare behavior at the end of training; if not, refinement runs no network."""
+    return losses.scheduled(representation.loss_config.beta, 1.0) < 1
+
+
 def refining_queries(task: ImageTask, config: RefineConfig, seed: int, training: Checkpoints | None = None) -> Tensor:
-    """All queries [N, ...] that a refinement for checkpoints of one task draws from."""
+    """The queries [N, ...] that a refinement for checkpoints of one task draws from, at most `MOST_QUERIES`."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "refine", "queries", task.name))
     invent: Invent | None = partial(invented, training) if training is not None else None
-    return torch.cat(query_set(config.query_set, task, [task], generator, invent).sources)
+    every = torch.cat(query_set(config.query_set, task, [task], generator, invent).sources)
+    if len(every) <= MOST_QUERIES:
+        return every
+    return every[torch.randperm(len(every), generator=generator)[:MOST_QUERIES].to(every.device)]
 
 
 @torch.no_grad()
@@ -89,6 +103,7 @@ def projected(
     representation: HyperRepresentation,
     checkpoints: Checkpoints,
     z: Tensor,
+    logits: Tensor,
     inputs: Tensor,
     config: RefineConfig,
     seed: int,
@@ -98,19 +113,26 @@ def projected(
 
     Of what the decoded token lacks, r, the change of coordinates a that minimizes (r - a B)^T M (r - a B) is added,
     with the mixture's basis B where z lies and the token's Gauss-Newton matrix M (`sensitivity`) on
-    `config.projection` queries. Nothing is moved where the representation has no mixture or no behavioral loss, or
-    where M takes too much memory.
+    `config.projection` queries. Nothing is moved where the representation has no mixture or M takes too much memory.
+
+    Args:
+        representation: the representation of the base network.
+        checkpoints: n checkpoints, on its device.
+        z: their embeddings.
+        logits: what they give on the queries [n, N, C].
+        inputs: the queries [N, ...].
+        config: how many of the queries are used.
+        seed: seed of the choice of queries and of the classes drawn for M.
+        real: whether outputs are values, not logits of classes.
     """
     mixture, mask = representation.autoencoder.mixture, representation.autoencoder.mask
-    loss: LossConfig = from_dict(LossConfig, representation.info["loss"])
-    aware = losses.scheduled(loss.beta, 1.0) < 1
-    if mixture is None or not config.projection or not aware or not affordable(representation):
+    if mixture is None or not config.projection or not affordable(representation):
         return z
     seed = derive_seed(seed, "refine", "projection")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    chosen = inputs[order[: config.projection].to(inputs.device)]
-    distance = losses.distance_of(loss, real)
-    wanted = behavior.outputs(checkpoints, chosen).logits
+    order = order[: config.projection].to(inputs.device)
+    chosen, wanted = inputs[order], logits[:, order]
+    distance = losses.distance_of(representation.loss_config, real)
 
     def error(z: Tensor) -> Tensor:
         """L_B of each network [n], not scaled."""
@@ -139,7 +161,7 @@ def descend(
     representation: HyperRepresentation,
     start: Tensor,
     tokens: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
     inputs: Tensor,
     config: RefineConfig,
     seed: int = 0,
@@ -147,52 +169,57 @@ def descend(
 ) -> Tensor:
     """Descend (1 - beta) L_B + beta L_S in the latent values of n networks, each on its own: [n, T, Z] -> [n, T, Z].
 
-    Distance, beta (at the end of its schedule) and scale are those of the representation; with beta = 1 no network is
-    run. The step size of a network grows with the root of its behavioral loss at the start.
+    Distance, beta (at the end of its schedule) and scale are those of the representation. The step size of a network
+    grows with the root of its behavioral loss at the start.
 
     Args:
         representation: the representation of the base network.
         start: embeddings to start from [n, T, Z].
         tokens: normalized tokens that the decoded ones should be like [n, T, D].
-        logits: what the decoded networks should give on the queries [n, N, C].
+        logits: what the decoded networks should give on the queries [n, N, C]; without them L_S alone is descended.
         inputs: the queries [N, ...].
         config: steps, step size and queries per step.
         seed: seed of the queries of each step.
         real: whether outputs are values, not logits of classes.
     """
-    loss: LossConfig = from_dict(LossConfig, representation.info["loss"])
+    loss = representation.loss_config
     beta, distance = losses.scheduled(loss.beta, 1.0), losses.distance_of(loss, real)
-    scale = behavioral_scale(representation.info)
     autoencoder, mask = representation.autoencoder, representation.autoencoder.mask
-    network = behavior.runner(representation.architecture, start.device)
     count = min(config.queries, len(inputs))
-    group = 1
-    if beta < 1:
+
+    def structural(decoded: Tensor, step: int) -> Tensor:
+        """L_S of each network [n]."""
+        return ((decoded - tokens).square() * mask).sum((1, 2)) / mask.sum()
+
+    if logits is None:
+        objective, reach = structural, torch.ones(len(start), 1, 1, device=start.device)
+    else:
+        network, scale = (
+            behavior.runner(representation.architecture, start.device),
+            behavioral_scale(representation.info),
+        )
         group = behavior.calibrate(representation.architecture, start.device, count, len(start), training=True)
 
-    def behavioral(decoded: Tensor, chosen: Tensor) -> Tensor:
-        """L_B of each network [n] on some queries."""
-        found = behavior.logits(network, representation.weights(decoded), inputs[chosen], group)
-        return distance(found, logits[:, chosen]).mean(1) / scale
+        def behavioral(decoded: Tensor, step: int) -> Tensor:
+            """L_B of each network [n] on the queries of a step."""
+            generator = torch.Generator().manual_seed(derive_seed(seed, "refine", step))
+            chosen = torch.randperm(len(inputs), generator=generator)[:count].to(inputs.device)
+            found = behavior.logits(network, representation.weights(decoded), inputs[chosen], group)
+            return distance(found, logits[:, chosen]).mean(1) / scale
 
-    def queries(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "refine", step))
-        return torch.randperm(len(inputs), generator=generator)[:count].to(inputs.device)
+        def objective(decoded: Tensor, step: int) -> Tensor:
+            return (1 - beta) * behavioral(decoded, step) + beta * structural(decoded, step)
 
-    reach = torch.ones(len(start), 1, 1, device=start.device)
-    if beta < 1:
         with torch.no_grad():
-            reach *= behavioral(autoencoder.decode(start), queries(-1)).sqrt().clamp(1, FARTHEST)[:, None, None]
+            error = behavioral(autoencoder.decode(start), -1)
+        reach = error.sqrt().clamp(1, FARTHEST)[:, None, None]
     moved = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS)
     for step in range(config.steps):
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         with torch.enable_grad():
-            decoded = autoencoder.decode(start + reach * moved)
-            each = beta * ((decoded - tokens).square() * mask).sum((1, 2)) / mask.sum()
-            if beta < 1:
-                each = each + (1 - beta) * behavioral(decoded, queries(step))
+            each = objective(autoencoder.decode(start + reach * moved), step)
             (moved.grad,) = torch.autograd.grad(each.sum(), [moved])
         optimizer.step()
     return (start + reach * moved).detach()

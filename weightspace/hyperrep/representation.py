@@ -252,6 +252,9 @@ class HyperRepresentation:
                 raise ValueError(f"{MODEL_FILE} does not hold {wrong[0]} as the config describes it")
             representation = assembled(size, tokenizers, normalizers, info)
             representation.load_state(weights)
+            for own in (sibling.autoencoder.mixture for sibling in representation.siblings):
+                if own is not None and not set(own.slots.tolist()) <= set(range(own.codes[0].numel())):
+                    raise ValueError(f"{MODEL_FILE} names directions that its mixture does not have")
             from_dict(PretrainConfig, info["pretrain"])
             from_dict(LossConfig, info["loss"])
             if not {"validation", "step", "tasks", "scales"} <= info.keys():
@@ -280,6 +283,11 @@ class HyperRepresentation:
     def pretrain_config(self) -> PretrainConfig:
         """How it was trained."""
         return from_dict(PretrainConfig, self.info["pretrain"])
+
+    @property
+    def loss_config(self) -> LossConfig:
+        """The losses that it was trained with."""
+        return from_dict(LossConfig, self.info["loss"])
 
 
 def _read(path: Path, written: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from weightspace.networks.checkpoints import Checkpoints
 
 GRADIENTS_AT_ONCE = 2**25
 """Numbers in the gradients of one vectorized call, so that memory stays bounded."""
-MATRICES_AT_ONCE = 2**27
+MATRICES_AT_ONCE = 2**25
 """Numbers in the matrices of all tokens of the checkpoints that are worked on together."""
 RIDGE = 0.1
 """Share of the mean diagonal that is added to every diagonal: weights that no query uses count a little."""
@@ -33,6 +33,7 @@ def sensitivities(
     """The Gauss-Newton matrix of each token of n checkpoints on queries [Q, ...], in normalized units: [n, T, D, D].
 
     The ridge is added. Every checkpoint sees the same randomness, so that its matrices do not depend on the others.
+    Checkpoints go one after another: each call is vectorized over its queries, and fills the memory that it may take.
     """
     network = behavior.runner(checkpoints.architecture, inputs.device)
     each = [

@@ -18,7 +18,7 @@ from weightspace.networks.checkpoints import Checkpoints
 STEPS = 60
 """Gradient steps per input."""
 RATE = 0.15
-"""First step size of Adam, in units of the inputs' standard deviation where they are normalized."""
+"""Step size of Adam, in units of the inputs' standard deviation where they are normalized."""
 MEMBERS = 8
 """Networks that look at an input."""
 BATCH = 64
@@ -30,19 +30,21 @@ def invented(
 ) -> Tensor:
     """Inputs of this shape [N, ...] between low and high in which random networks find mixtures of two classes."""
     network = behavior.runner(checkpoints.architecture, low.device)
+    count = min(MEMBERS, len(checkpoints))
+    group = behavior.calibrate(checkpoints.architecture, low.device, BATCH, count, training=True)
     made = []
     for start in range(0, shape[0], BATCH):
         size = min(BATCH, shape[0] - start)
-        few = torch.randperm(len(checkpoints), generator=generator)[:MEMBERS]
+        few = torch.randperm(len(checkpoints), generator=generator)[:count]
         weights = checkpoints.rows(few.numpy()).to(low.device).weights
         inputs = (low + (high - low) * torch.rand(size, *shape[1:], generator=generator).to(low)).requires_grad_()
+        with torch.no_grad():
+            classes = behavior.logits(network, weights, inputs[:1], group).shape[-1]
+        goal = _mixtures(size, classes, generator).to(low)  # [N, C]
         optimizer = torch.optim.Adam([inputs], RATE)
-        goal: Tensor | None = None
         for _ in range(STEPS):
             with torch.enable_grad():
-                found = behavior.logits(network, weights, inputs, len(few)).log_softmax(-1)  # [m, N, C]
-                if goal is None:
-                    goal = _mixtures(size, found.shape[-1], generator).to(low)  # [N, C]
+                found = behavior.logits(network, weights, inputs, group).log_softmax(-1)  # [m, N, C]
                 (inputs.grad,) = torch.autograd.grad(-(goal * found).sum((1, 2)).mean(), [inputs])
             optimizer.step()
             with torch.no_grad():

@@ -75,6 +75,8 @@ def query_set(
         elif name == "invented":
             if invent is None:
                 raise UserError("invented queries are made from training checkpoints, and none are given")
+            if task.real:
+                raise UserError(f"invented queries lie between classes, and {task.name} has none; use own or noise")
             twice = torch.Size((2 * len(own), *own.shape[1:]))
             sources.append(invent(twice, own.min(), own.max(), generator))
         else:
