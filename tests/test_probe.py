@@ -17,7 +17,7 @@ from sklearn.metrics import r2_score
 
 from weightspace.config import AutoencoderConfig, ProbeConfig
 from weightspace.downstream.baselines import MAJORITY, RAW, STATISTICS
-from weightspace.downstream.probe import by_epoch, logistic_probe, numeric_properties, probe
+from weightspace.downstream.probe import by_epoch, logistic_probe, numeric_properties, probe, ridge_probe
 from weightspace.hyperrep.autoencoder import Autoencoder
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks.architectures import Architecture
@@ -311,3 +311,17 @@ def test_by_epoch_is_r2_within_each_epoch() -> None:
     for epoch, rows in frame.groupby("epoch"):
         assert found.loc[epoch, "mean"] == pytest.approx(r2_score(rows["true"], rows["predicted"]))
         assert found.loc[epoch, "low"] < found.loc[epoch, "mean"] < found.loc[epoch, "high"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_features_are_chosen_on_validation(order: int) -> None:
+    """Of noise and of what the target is made of, in either order, the latter is used."""
+    rng = np.random.default_rng(0)
+    sizes = {"train": 60, "val": 30, "test": 30}
+    signal = {split: rng.normal(size=(n, 3)) for split, n in sizes.items()}
+    noise = {split: rng.normal(size=(n, 3)) for split, n in sizes.items()}
+    candidates = [noise, signal][::order]
+    value = {split: x @ [1.0, -2.0, 0.5] for split, x in signal.items()}
+    np.testing.assert_allclose(ridge_probe(candidates, value, (1e-6,))["test"], value["test"], atol=1e-3)
+    label = {split: np.where(v > 0, "high", "low") for split, v in value.items()}
+    assert np.mean(logistic_probe(candidates, label, (1e-4,))["test"] == label["test"]) > 0.9
