@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from weightspace.downstream.baselines import ANCHORS
 from weightspace.downstream.generate import generate
 from weightspace.experiment import embed_stage
 from weightspace.hyperrep import losses
-from weightspace.hyperrep.autoencoder import UNSEEN, principal_directions
+from weightspace.hyperrep.directions import covariance, principal_directions
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.hyperrep.refine import projected, refined, refining_queries
 from weightspace.hyperrep.representation import HyperRepresentation
@@ -39,15 +38,20 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained(zoo: ModelZoo, folder: Path, loss: LossConfig) -> HyperRepresentation:
+def trained(zoo: ModelZoo, folder: Path, loss: LossConfig, details: int = 0) -> HyperRepresentation:
     config = PretrainConfig(epochs=(1, 2), steps=2, batch_size=4, learning_rate=1e-4)
-    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=20, components=2)
+    size = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=20, details=details, components=2)
     return pretrain(zoo, folder, config, loss, size, seed=0, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def representation(tiny_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> HyperRepresentation:
     return trained(tiny_zoo, tmp_path_factory.mktemp("behavior"), LossConfig(distance="kl", queries=16))
+
+
+@pytest.fixture(scope="module")
+def detailed(tiny_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> HyperRepresentation:
+    return trained(tiny_zoo, tmp_path_factory.mktemp("details"), LossConfig(distance="kl", queries=16), details=16)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,11 @@ def behavioral_error(representation: HyperRepresentation, checkpoints: Checkpoin
     return kl.sum(-1).mean(1)
 
 
-def test_each_move_brings_the_behavior_closer(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+@pytest.mark.parametrize("which", ["representation", "detailed"])
+def test_each_move_brings_the_behavior_closer(
+    which: str, held_out: Checkpoints, request: pytest.FixtureRequest
+) -> None:
+    representation: HyperRepresentation = request.getfixturevalue(which)
     plain = refined(representation, held_out, TASKS, RefineConfig()).z
     assert torch.equal(plain, representation.embed(held_out).z)
     moved = refined(representation, held_out, TASKS, RefineConfig(projection=512)).z
@@ -77,7 +85,7 @@ def test_a_network_is_refined_on_its_own(representation: HyperRepresentation, he
     config = RefineConfig(projection=64, steps=5, queries=16)
     together = refined(representation, held_out, TASKS, config).z
     alone = refined(representation, held_out.rows([1]), TASKS, config).z
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-2, atol=1e-2)
     assert torch.equal(together, refined(representation, held_out, TASKS, config).z)  # the same seed
     assert not torch.equal(together, refined(representation, held_out, TASKS, config, seed=1).z)
 
@@ -100,7 +108,9 @@ def test_sensitivity_is_the_gauss_newton_matrix_of_kl(
 ) -> None:
     """For a small error e of one token the mean KL is e^T M e / 2, up to what sampling of classes leaves."""
     one, images = held_out.rows([0]), DIGITS.train.images[:400]
-    found = sensitivities(representation, one, images, False, seed=0)[0]  # [T, D, D]
+    found = sensitivities(representation.tokenizer, representation.normalizer, one, images, False, seed=0)[
+        0
+    ]  # [T, D, D]
     x = representation.tokens(one.weights)
     wanted = behavior.outputs(one, images).logits
     mask = representation.autoencoder.mask
@@ -119,61 +129,49 @@ def test_sensitivity_is_the_gauss_newton_matrix_of_kl(
 
 
 def test_projection_is_the_least_error_in_that_metric(
-    representation: HyperRepresentation, held_out: Checkpoints
+    representation: HyperRepresentation, detailed: HyperRepresentation, held_out: Checkpoints
 ) -> None:
-    """Any other coordinates of a token cost more; with the identity as metric nothing is gained."""
+    """Any other coordinates of a token cost more, of all latent values or of the details alone."""
     some, config = held_out.rows([0, 1]), RefineConfig(projection=len(DIGITS.train.images))
-    start = representation.embed(some).z
     logits = behavior.outputs(some, DIGITS.train.images).logits
-    z = projected(representation, some, start, logits, DIGITS.train.images, config, 0)
-    mixture = representation.autoencoder.mixture
-    assert mixture is not None
-    basis, x = mixture.directions(start), representation.tokens(some.weights)
-    metric = sensitivities(representation, some, DIGITS.train.images, False, seed=1)
-    lacking = (x - representation.autoencoder.decode(start)) * representation.autoencoder.mask
+    for each in (representation, detailed):
+        start = each.embed(some).z
+        decoding = each.decoding(start)
+        z = projected(each, decoding, some, start, logits, DIGITS.train.images, config, 0)
+        basis, x = decoding.directions(slice(None)), each.tokens(some.weights)
+        assert basis is not None
+        metric = sensitivities(each.tokenizer, each.normalizer, some, DIGITS.train.images, False, seed=1)
+        lacking = (x - decoding(start)) * each.autoencoder.mask
 
-    def cost(change: Tensor) -> Tensor:
-        left = lacking - torch.einsum("ntr,ntrd->ntd", change, basis)
-        return torch.einsum("ntd,ntde,nte->n", left, metric, left)
+        def cost(change: Tensor, basis: Tensor = basis, lacking: Tensor = lacking, metric: Tensor = metric) -> Tensor:
+            left = lacking - torch.einsum("ntr,ntrd->ntd", change, basis)
+            return torch.einsum("ntd,ntde,nte->n", left, metric, left)
 
-    change = mixture.unpacked(z - start)
-    assert (cost(change) < 0.99 * cost(torch.zeros_like(change))).all()
-    for seed in range(5):
-        other = torch.randn(change.shape, generator=seeded(seed)) * (basis.square().sum(-1) > 0)
-        assert (cost(change) < cost(change + 0.05 * other)).all()
+        change = (z - start)[..., -basis.shape[2] :]
+        assert torch.equal(z[..., : -basis.shape[2]], start[..., : -basis.shape[2]])  # sketches stay
+        assert (cost(change) < 0.99 * cost(torch.zeros_like(change))).all()
+        for seed in range(5):
+            other = torch.randn(change.shape, generator=seeded(seed)) * (basis.square().sum(-1) > 0)
+            assert (cost(change) < cost(change + 0.05 * other)).all()
 
 
 @torch.no_grad()
 def test_directions_in_a_metric_leave_the_least_error() -> None:
-    """Against PCA of transformed data, worked out in whitened coordinates."""
+    """Against PCA of transformed data, worked out in whitened coordinates; without a metric, against plain PCA."""
     x = torch.randn(50, 2, 4, generator=seeded())
     root = torch.randn(2, 4, 4, generator=seeded(1))
     metric = root.transpose(1, 2) @ root + 0.1 * torch.eye(4)
-    directions, cost = principal_directions(x, 2, metric)
-    for token in range(2):
-        half = torch.linalg.cholesky(metric[token])  # metric = half half^T
-        spread = x[:, token].T @ x[:, token] / 50
-        spread = spread + UNSEEN * spread.diagonal().mean() * torch.eye(4)
-        cost_of = half.T @ spread @ half  # of whitened coordinates
-        values = torch.linalg.eigvalsh(cost_of).flip(0)
-        torch.testing.assert_close(cost[token], values[:2], rtol=1e-4, atol=1e-5)
-        basis = torch.linalg.qr(half.T @ directions[token]).Q  # [D, 2] in the whitened coordinates
-        left = cost_of.trace() - (basis.T @ cost_of @ basis).trace()
-        torch.testing.assert_close(left, values[2:].sum(), rtol=1e-3, atol=1e-4)
-
-
-def test_latent_values_are_dealt_by_what_they_are_worth(representation: HyperRepresentation) -> None:
-    """Rows of 10 weights need fewer than the others: their spare values lie in longer rows, each value in one place."""
-    mixture = representation.autoencoder.mixture
-    assert mixture is not None and mixture.dealt
-    slots, rank = mixture.slots, mixture.codes.shape[2]
-    assert len(slots.unique()) == len(slots) == representation.latent_size
-    each = torch.bincount(slots // rank, minlength=representation.tokenizer.count)
-    assert each.max() > 20 and each.sum() == representation.latent_size
-    z = torch.randn(3, representation.tokenizer.count, 20, generator=seeded())
-    assert torch.equal(mixture.packed(mixture.unpacked(z)), z)
-    unused = torch.ones(mixture.codes[0].numel(), dtype=torch.bool).index_fill(0, slots, False)
-    assert (mixture.decoder.flatten(1, 2)[:, unused] == 0).all()
+    spread = covariance(x)
+    in_metric, plain = principal_directions(spread, 2, metric), principal_directions(spread, 2)
+    for directions, forms in ((in_metric, metric), (plain, torch.eye(4).expand(2, 4, 4))):
+        for token in range(2):
+            half = torch.linalg.cholesky(forms[token])  # metric = half half^T
+            cost_of = half.T @ (x[:, token].T @ x[:, token] / 50) @ half  # of whitened coordinates
+            values = torch.linalg.eigvalsh(cost_of).flip(0)
+            basis = torch.linalg.qr(half.T @ directions[token]).Q  # [D, 2] in the whitened coordinates
+            left = cost_of.trace() - (basis.T @ cost_of @ basis).trace()
+            torch.testing.assert_close(left, values[2:].sum(), rtol=1e-3, atol=1e-4)
+    assert principal_directions(spread, 6, metric)[..., 4:].abs().max() == 0  # there are no more
 
 
 def test_invented_queries_confuse_networks_more_than_noise(tiny_zoo: ModelZoo) -> None:
@@ -225,13 +223,3 @@ def test_embeddings_may_be_projected_without_descent(
     embed_stage(tmp_path / "z", tiny_zoo, representation, "test", config, 0, torch.device("cpu"))
     z = load_file(tmp_path / "z" / "embeddings.safetensors")["z"]
     assert torch.equal(z, refined(representation, tiny_zoo.select(split="test"), TASKS, config).z)
-
-
-def test_slots_that_do_not_exist_are_refused(representation: HyperRepresentation, tmp_path: Path) -> None:
-    broken = copy.deepcopy(representation)
-    mixture = broken.autoencoder.mixture
-    assert mixture is not None
-    mixture.slots[0] = 10**6
-    broken.save(tmp_path / "r")
-    with pytest.raises(UserError, match="names directions that its mixture does not have"):
-        HyperRepresentation.load(tmp_path / "r")

@@ -164,7 +164,7 @@ def embed_stage(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Write embeddings.safetensors (z [n, T, Z]) and embeddings.parquet (the n rows they belong to)."""
+    """Write embeddings.safetensors (as `packed`) and embeddings.parquet (the n rows they belong to)."""
     check(config, "refine")
     representation = representation.on(zoo.architecture)
     claim = {"zoo": zoo.fingerprint, "representation": representation.fingerprint, "split": split}
@@ -176,7 +176,7 @@ def embed_stage(
             tasks = load_tasks(zoo, device) if refines else {}
             with runs.progress("embed", len(checkpoints)) as advance:
                 embeddings = refined(representation, checkpoints, tasks, config, seed, training, advance)
-            runs.write_tensors(folder / "embeddings.safetensors", {"z": embeddings.z})
+            runs.write_tensors(folder / "embeddings.safetensors", representation.packed(embeddings))
             with atomic(folder / "embeddings.parquet") as path:
                 embeddings.frame.to_parquet(path, index=False)
 

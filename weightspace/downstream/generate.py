@@ -168,9 +168,11 @@ def networks_for(
         for start, own in zip(z.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True):
             goal = of_anchors.logits[own].mean(1) if task.real else of_anchors.probabilities[own].mean(1).log()
             start = start.to(representation.device)
+            decoding = representation.decoding(start)
             with torch.no_grad():
-                drawn = representation.autoencoder.decode(start)
-            found.append(descend(representation, start, drawn, goal, inputs, config.refine, seed, task.real).cpu())
+                drawn = decoding(start)
+            moved = descend(representation, decoding, start, drawn, goal, inputs, config.refine, seed, task.real)
+            found.append(moved.cpu())
         return torch.cat(found)
 
     networks: dict[str, Checkpoints] = {}

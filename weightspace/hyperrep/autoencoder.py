@@ -17,10 +17,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from weightspace.config import AutoencoderConfig
+from weightspace.hyperrep.details import Details
+from weightspace.hyperrep.directions import covariance, isotropic, principal_directions, projection_onto
 from weightspace.runs import UserError
 
-SHARES_OF_A_TOKEN = 2
-"""How many times its own latent values a token may get at most."""
+ROWS_AT_ONCE = 256
+"""Checkpoints encoded in one call when details are fitted, so that memory stays bounded."""
 UNSEEN = 1e-2
 """Variance expected of networks that were not seen along every direction, as a share of a weight's mean variance."""
 
@@ -71,60 +73,38 @@ POSITIONS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 class LinearMixture(nn.Module):
     """K linear autoencoders, chosen by the whole checkpoint: a mixture of principal components of every token.
 
-    Component k has a center c_k in token space, its code e_k in latent space, and a basis of R directions per position.
+    Component k has a center c_k in token space, its code e_k in latent space, and a basis of Z directions per position.
     How much of each component a checkpoint gets follows from its distances to the centers (encoder) or the codes
     (decoder), as in a mixture of probabilistic PCA (Tipping and Bishop 1999, "Mixtures of probabilistic principal
     component analyzers"). Members that start from the same weights lie around one center, so that the latent values are
-    spent on what training changed.
-
-    Where it is known what errors cost in behavior, the T x Z latent values of a checkpoint are dealt to the directions
-    of all its tokens that matter most (`slots`): a short row, which needs few values, leaves the rest of its own to
-    longer ones.
+    spent on what training changed. One component more lies around the mean of all, for checkpoints of which nothing is
+    known.
     """
 
     spread: Tensor
     """[2]: variance per entry around the centers and around the codes."""
-    slots: Tensor
-    """[T x Z]: which of the T x R directions each latent value is the coordinate of."""
 
-    def __init__(self, components: int, tokens: int, size: int, latent: int, dealt: bool) -> None:
-        """Build it for tokens of some size; if the latent values are not dealt, every token keeps its own."""
+    def __init__(self, components: int, tokens: int, size: int, latent: int) -> None:
         super().__init__()
-        rank = max(min(size, SHARES_OF_A_TOKEN * latent), latent) if dealt else latent
-        self.latent = latent
-        self.dealt = dealt
+        self.components = components
+        components += components > 1
         self.centers = nn.Parameter(torch.zeros(components, tokens, size))
-        self.codes = nn.Parameter(torch.zeros(components, tokens, rank))
-        self.encoder = nn.Parameter(torch.zeros(components, tokens, size, rank))
-        self.decoder = nn.Parameter(torch.zeros(components, tokens, rank, size))
+        self.codes = nn.Parameter(torch.zeros(components, tokens, latent))
+        self.encoder = nn.Parameter(torch.zeros(components, tokens, size, latent))
+        self.decoder = nn.Parameter(torch.zeros(components, tokens, latent, size))
         self.register_buffer("spread", torch.ones(2))
-        first = torch.arange(tokens)[:, None] * rank + torch.arange(latent)
-        self.register_buffer("slots", first.flatten())
 
     def encode(self, x: Tensor, at: slice) -> Tensor:
         """The tokens of some positions [B, T', D] -> [B, T', Z]."""
-        return self.packed(_mapped(x, self.centers[:, at], self.codes[:, at], self.encoder[:, at], self.spread[0]))
+        return _mapped(x, self.centers[:, at], self.codes[:, at], self.encoder[:, at], self.spread[0])
 
     def decode(self, z: Tensor, at: slice) -> Tensor:
         """[B, T', Z] -> the tokens of some positions [B, T', D]."""
-        wide = self.unpacked(z)
-        return _mapped(wide, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
-
-    def packed(self, wide: Tensor) -> Tensor:
-        """Coordinates of all directions [B, T', R] -> latent values [B, T', Z]."""
-        return wide.flatten(1)[:, self.slots].unflatten(1, (-1, self.latent)) if self.dealt else wide
-
-    def unpacked(self, z: Tensor) -> Tensor:
-        """Latent values [B, T', Z] -> coordinates of all directions [B, T', R], zero where there is no value."""
-        if not self.dealt:
-            return z
-        wide = z.new_zeros(len(z), self.codes[0].numel())
-        return wide.index_copy(1, self.slots, z.flatten(1)).unflatten(1, self.codes.shape[1:])
+        return _mapped(z, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
 
     def directions(self, z: Tensor) -> Tensor:
-        """What one unit of each coordinate adds to its token where z lies: [B, T, Z] -> [B, T, R, D]."""
-        share = _shares(self.unpacked(z), self.codes, self.spread[1])
-        return torch.einsum("bk,ktrd->btrd", share, self.decoder)
+        """What one unit of each latent value adds to its token where z lies: [B, T, Z] -> [B, T, Z, D]."""
+        return torch.einsum("bk,ktrd->btrd", _shares(z, self.codes, self.spread[1]), self.decoder)
 
     @torch.no_grad()
     def fit(self, x: Tensor, mask: Tensor, seed: int, metric: Tensor | None = None) -> None:
@@ -140,28 +120,28 @@ class LinearMixture(nn.Module):
         Raises:
             UserError: fewer checkpoints than components.
         """
-        components, rank = len(self.centers), self.codes.shape[2]
+        components, latent = self.components, self.codes.shape[2]
         if len(x) < components:
             raise UserError(f"autoencoder.components={components} exceeds the {len(x)} training checkpoints; lower it")
         with threadpool_limits(1):  # threads add up the centers in an order that changes from run to run
             clusters: Any = KMeans(components, random_state=seed % 2**32).fit(x.flatten(1).numpy())
         centers = torch.from_numpy(clusters.cluster_centers_).view(components, *x.shape[1:]).to(x)
         residual = x - centers[torch.from_numpy(clusters.labels_).long()]  # [n, T, D]
-        basis, weight = principal_directions(residual, rank, metric)  # [T, D, R], [T, R]
-        if self.dealt and metric is not None:  # by variance alone, dealing does harm
-            self.slots.copy_(_dealt(weight, self.latent))
-        if self.dealt:
-            kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, self.slots, True).view_as(weight)
-            basis = basis * kept[:, None]
-        projection = _projection(basis, metric)  # [T, D, R]
+        if len(self.centers) > components:
+            centers = torch.cat([centers, x.mean(0, keepdim=True)])
+        spread = covariance(residual)
+        if metric is not None:
+            spread = spread + UNSEEN * isotropic(spread, mask)
+        basis = principal_directions(spread, latent, metric)  # [T, D, Z]
+        projection = projection_onto(basis, metric)  # [T, D, Z]
         self.centers.copy_(centers)
         self.codes.copy_(torch.einsum("ktd,tdr->ktr", centers - x.mean(0), projection))
         self.encoder.copy_(projection.expand_as(self.encoder))
         self.decoder.copy_(basis.transpose(1, 2).expand_as(self.decoder))
         smallest = 1e-6  # of a variance; keeps the distances finite where checkpoints coincide with their centers
         self.spread[0] = (residual.square().sum() / (len(x) * mask.sum())).clamp(min=smallest)
-        around = torch.einsum("ntd,tdr->ntr", residual, projection).square().sum()
-        self.spread[1] = (around / (len(x) * len(self.slots))).clamp(min=smallest)
+        around = torch.einsum("ntd,tdr->ntr", residual, projection).square().mean()
+        self.spread[1] = around.clamp(min=smallest)
 
 
 def _shares(x: Tensor, origin: Tensor, spread: Tensor) -> Tensor:
@@ -169,25 +149,6 @@ def _shares(x: Tensor, origin: Tensor, spread: Tensor) -> Tensor:
     flat, origins = x.flatten(1), origin.flatten(1)
     distance = flat.square().sum(1, keepdim=True) + origins.square().sum(1) - 2 * flat @ origins.T  # [B, K]
     return (-0.5 * distance / spread).softmax(1)
-
-
-def _dealt(weight: Tensor, latent: int) -> Tensor:
-    """The T x Z most important of the directions [T, R], each token's own first values for its own [T x Z].
-
-    What a token does not use of its values goes to the directions that other tokens have beyond theirs, in order.
-    """
-    tokens, rank = weight.shape
-    chosen = weight.flatten().topk(tokens * latent).indices  # the largest
-    kept = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, chosen, True).view_as(weight)
-    index = torch.arange(tokens * rank).view(tokens, rank)
-    own, beyond = index.new_full((tokens, latent), -1), []
-    for token in range(tokens):
-        mine = index[token, kept[token]]
-        own[token, : min(len(mine), latent)] = mine[:latent]
-        beyond.append(mine[latent:])
-    slots = own.flatten()
-    slots[slots < 0] = torch.cat(beyond)
-    return slots
 
 
 def _mapped(x: Tensor, origin: Tensor, target: Tensor, basis: Tensor, spread: Tensor) -> Tensor:
@@ -207,50 +168,6 @@ def _mapped(x: Tensor, origin: Tensor, target: Tensor, basis: Tensor, spread: Te
     every = x.transpose(0, 1) @ basis.permute(1, 2, 0, 3).flatten(2)  # [T, B, K * O]
     mapped = torch.einsum("bk,tbko->bto", share, every.unflatten(2, (len(basis), -1)))
     return mapped + torch.einsum("bk,kto->bto", share, offset)
-
-
-def principal_directions(centered: Tensor, count: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The first `count` principal directions per position of centered tokens, and what leaving each out would cost.
-
-    Zero-padded where there are fewer entries than directions.
-
-    Args:
-        centered: [n, T, D].
-        count: how many directions.
-        metric: quadratic form per position in which errors are measured [T, D, D] (default: their square).
-
-    Returns:
-        Orthonormal directions [T, D, count] and the mean costs [T, count], largest first.
-    """
-    rows = centered.transpose(0, 1).double()  # [T, n, D]
-    covariance = rows.transpose(1, 2) @ rows / rows.shape[1]
-    if metric is None:
-        values, vectors = torch.linalg.eigh(covariance)
-        values, directions = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
-    else:
-        real = metric.diagonal(dim1=1, dim2=2) > 0  # no padding
-        expected = UNSEEN * covariance.diagonal(dim1=1, dim2=2).sum(1) / real.sum(1)
-        covariance = covariance + torch.diag_embed(expected[:, None] * real)
-        lengths, axes = torch.linalg.eigh(metric.double())
-        lengths = lengths.clamp(min=0).sqrt()
-        root = (axes * lengths[:, None]) @ axes.transpose(1, 2)
-        inverse = torch.linalg.pinv(root, hermitian=True)
-        values, vectors = torch.linalg.eigh(root @ covariance @ root)
-        values, vectors = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
-        directions = torch.linalg.qr(inverse @ vectors).Q  # the same spans, for every number of them
-        directions = directions * (values > 1e-12 * values.max())[:, None]  # no padding
-    missing = max(count - directions.shape[-1], 0)
-    return F.pad(directions, (0, missing)).to(centered), F.pad(values.clamp(min=0), (0, missing)).to(centered)
-
-
-def _projection(basis: Tensor, metric: Tensor | None) -> Tensor:
-    """The map to the coordinates in a basis [T, D, R] at which the error is least in a metric [T, D, D]: [T, D, R]."""
-    if metric is None:
-        return basis
-    weighted = metric.double() @ basis.double()  # [T, D, R]
-    inner = basis.double().transpose(1, 2) @ weighted
-    unused = torch.diag_embed((basis.square().sum(1) == 0).double())
-    return torch.linalg.solve(inner + unused, weighted.transpose(1, 2)).transpose(1, 2).to(basis)
 
 
 def transformer(width: int, layers: int, heads: int, feedforward: int) -> nn.TransformerEncoder:
@@ -293,7 +210,7 @@ class Core(nn.Module):
     def __init__(self, config: AutoencoderConfig, layouts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Build it for tokens with some masks [T, D] and positions [T, 3], one pair per base network."""
         super().__init__()
-        width, latent = config.width, config.latent
+        width, latent = config.width, config.latent - config.details
         (tokens, size), positions = layouts[0][0].shape, torch.cat([positions for _, positions in layouts])
         highest = positions.amax(0).tolist()
         self.embed = nn.Linear(size, width)
@@ -351,6 +268,8 @@ class Autoencoder(nn.Module):
     compression and spends its steps on what linear maps cannot do. With config.components = 0 it is the transformer
     alone.
 
+    With config.details it gives a sketch of a checkpoint in fewer latent values, which `Details` complete.
+
     With config.window the transformer sees windows of so many tokens and config.halo more on both sides; the embedding
     of a checkpoint is that of its windows, one after another.
     """
@@ -360,10 +279,18 @@ class Autoencoder(nn.Module):
     positions: Tensor
     """[T, 3]"""
 
-    def __init__(self, config: AutoencoderConfig, mask: Tensor, positions: Tensor, core: Core | None = None) -> None:
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        mask: Tensor,
+        positions: Tensor,
+        core: Core | None = None,
+        input_shape: Sequence[int] = (),
+    ) -> None:
         """Build the autoencoder for tokens with this mask [T, D] and these positions [T, 3]; with a core, it is shared.
 
-        One of several that share a core has a learned vector that says which base network it is.
+        One of several that share a core has a learned vector that says which base network it is. Details look at inputs
+        of a shape.
         """
         super().__init__()
         tokens, size = mask.shape
@@ -374,8 +301,8 @@ class Autoencoder(nn.Module):
         self.core = Core(config, [(mask, positions)]) if core is None else core
         self.mixture = None
         if config.components:
-            dealt = config.window is None  # a window is decoded from its own latent values alone
-            self.mixture = LinearMixture(config.components, tokens, size, config.latent, dealt)
+            self.mixture = LinearMixture(config.components, tokens, size, config.latent - config.details)
+        self.details = Details(mask, config.details, input_shape) if config.details else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> embedding [B, T, Z]."""
@@ -411,7 +338,7 @@ class Autoencoder(nn.Module):
     def fit(self, x: Tensor, seed: int, metric: Tensor | None = None) -> None:
         """Start as a mixture of principal components of training tokens [n, T, D], the transformer at zero.
 
-        The components are principal in a metric [T, D, D] where one is given.
+        The components are principal in a metric [T, D, D] where one is given. Details are fitted to what is left.
 
         Without a mixture there is nothing to fit: the transformer starts at random, as published.
         """
@@ -421,3 +348,6 @@ class Autoencoder(nn.Module):
         for output in (self.core.to_latent, self.core.to_token):
             nn.init.zeros_(output.weight)
             nn.init.zeros_(output.bias)
+        if self.details is not None and metric is not None:
+            left = torch.cat([some - self.decode(self.encode(some)) for some in x.split(ROWS_AT_ONCE)])
+            self.details.fit(left, self.positions[:, 1], metric)

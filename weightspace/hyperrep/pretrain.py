@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.autoencoder import Window
+from weightspace.hyperrep.details import QUERIES
 from weightspace.hyperrep.parallel import ALONE, Processes, distributed, load_shards, save_shards, whole_state
 from weightspace.hyperrep.representation import (
     CONFIG_FILE,
@@ -532,13 +533,15 @@ def untrained(
     if len(networks) > 1 and autoencoder.token_size is None:
         longest = max(Tokenizer(network).token_size for network in networks)
         autoencoder = dataclasses.replace(autoencoder, token_size=longest)
+    tokenizers = [Tokenizer(network, autoencoder.token_size) for network in networks]
+    if autoencoder.details and not _completes(autoencoder, loss, tokenizers):
+        autoencoder = dataclasses.replace(autoencoder, details=0)
     if start is not None and start.autoencoder_config != autoencoder:
         raise UserError(
             f"the representation to start from is of another size ({start.autoencoder_config}) than asked for "
             f"({autoencoder}); ask for the same autoencoder"
         )
     go_on = start is not None and (autoencoder.positions == "learned" or _covers(start, networks))
-    tokenizers = [Tokenizer(network, autoencoder.token_size) for network in networks]
     normalizers, tokens = [], []
     for tokenizer in tokenizers:
         some = [
@@ -563,8 +566,7 @@ def untrained(
         representation = assembled(autoencoder, tokenizers, normalizers, info)
     if start is None or not go_on:
         for one, x in zip(representation.siblings, tokens, strict=True):
-            metric = _metric(one, zoos, frames, loss, seed)
-            one.autoencoder.fit(one.normalizer.normalize(x), derive_seed(seed, "mixture"), metric)
+            _fit_start(one, x, zoos, frames, loss, seed)
             if one.latent_size >= one.architecture.parameter_count:
                 notice(
                     f"nothing is compressed: {one.latent_size:,} latent values (tokens x autoencoder.latent) for "
@@ -577,35 +579,53 @@ def untrained(
     return representation
 
 
-def _metric(
+def _completes(autoencoder: AutoencoderConfig, loss: LossConfig, tokenizers: Sequence[Tokenizer]) -> bool:
+    """Whether details can complete a sketch: their directions are those that behavior sees, in whole checkpoints."""
+    whole = autoencoder.components > 0 and autoencoder.window is None
+    return whole and _compares_behavior(loss) and all(affordable(tokenizer) for tokenizer in tokenizers)
+
+
+def _compares_behavior(loss: LossConfig) -> bool:
+    heights = [beta for _, beta in loss.beta] if isinstance(loss.beta, tuple) else [loss.beta]
+    return min(heights) < 1
+
+
+def _fit_start(
     representation: HyperRepresentation,
+    x: Tensor,
     zoos: Sequence[ModelZoo],
     frames: Sequence[pd.DataFrame],
     loss: LossConfig,
     seed: int,
-) -> Tensor | None:
-    """What errors of its tokens cost in behavior [T, D, D]: the mean over some training checkpoints of its network.
+) -> None:
+    """Start the mixture and the details from training tokens [n, T, D] and from what their errors cost in behavior.
 
-    None where behavior is not compared, there is no mixture to start from, or it would take too much memory.
+    The costs are a mean over some training checkpoints of each task [T, D, D]; there are none where behavior is not
+    compared, where there is no mixture to start from, and where they would take too much memory.
     """
-    heights = [beta for _, beta in loss.beta] if isinstance(loss.beta, tuple) else [loss.beta]
-    if min(heights) == 1 or representation.autoencoder.mixture is None or not affordable(representation):
-        return None
-    found: list[Tensor] = []
-    for zoo, frame in zip(zoos, frames, strict=True):
-        if zoo.architecture != representation.architecture:
-            continue
-        generator = torch.Generator().manual_seed(derive_seed(seed, "metric", zoo.fingerprint))
-        tasks = [load_task(name) for name in zoo.tasks]
-        for task in tasks:
-            own = frame[frame["task"] == task.name]
-            if own.empty:
-                continue
-            some = zoo.read(own.iloc[torch.randperm(len(own), generator=generator)[:METRIC_CHECKPOINTS].numpy()])
-            queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
-            inputs = queries.draw(METRIC_QUERIES * len(some), generator)
-            found.append(mean_sensitivity(representation, some, inputs, task.real, generator))
-    return torch.stack(found).mean(0)
+    autoencoder, tokenizer, normalizer = representation.autoencoder, representation.tokenizer, representation.normalizer
+    costs: list[Tensor] = []
+    shown: list[Tensor] = []
+    if autoencoder.mixture is not None and _compares_behavior(loss) and affordable(tokenizer):
+        own = [pair for pair in zip(zoos, frames, strict=True) if pair[0].architecture == representation.architecture]
+        for zoo, frame in own:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "metric", zoo.fingerprint))
+            tasks = [load_task(name) for name in zoo.tasks]
+            for task in (task for task in tasks if (frame["task"] == task.name).any()):
+                rows = frame[frame["task"] == task.name]
+                rows = rows.iloc[torch.randperm(len(rows), generator=generator)[:METRIC_CHECKPOINTS].numpy()]
+                some = zoo.read(rows)
+                queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
+                inputs = queries.draw(METRIC_QUERIES * len(some), generator)
+                costs.append(mean_sensitivity(tokenizer, normalizer, some, inputs, task.real, generator))
+                shown.append(queries.draw(QUERIES, generator).cpu())
+                if autoencoder.details is not None:
+                    autoencoder.details.real.fill_(task.real)
+    metric = torch.stack(costs).mean(0) if costs else None
+    if autoencoder.details is not None:
+        every, generator = torch.cat(shown), torch.Generator().manual_seed(derive_seed(seed, "details"))
+        autoencoder.details.queries.copy_(every[torch.randperm(len(every), generator=generator)[:QUERIES]])
+    autoencoder.fit(normalizer.normalize(x), derive_seed(seed, "mixture"), metric)
 
 
 def _covers(start: HyperRepresentation, networks: Sequence[Architecture]) -> bool:

@@ -6,7 +6,10 @@ what the decoder misses of each token is moved into directions along which the n
 problem per token. `descend`: gradient steps on the losses. The same descent lets a drawn embedding learn what its
 network should do, with the outputs of teachers as the goal.
 
-Legend: n checkpoints, T tokens, D token size, Z latent values, N queries in all, Q per step, C classes.
+With details, the sketch of an embedding stays as it is and its details move.
+
+Legend: n checkpoints, T tokens, D token size, W coordinates of an embedding per token, N queries in all, Q per step, C
+classes.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weightspace.config import RefineConfig
 from weightspace.hyperrep import losses
-from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
+from weightspace.hyperrep.directions import nearest
+from weightspace.hyperrep.representation import Decoding, Embeddings, HyperRepresentation
 from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, affordable, sensitivities
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
@@ -74,10 +80,12 @@ def refined(
         for chunk in index.split(ROWS_AT_ONCE):
             some = checkpoints.rows(chunk.numpy()).to(representation.device)
             tokens, start = representation.tokens(some.weights), z[chunk].to(representation.device)
+            decoding = representation.decoding(start)
             logits = behavior.outputs(some, inputs).logits if compares else None
             if logits is not None:
-                start = projected(representation, some, start, logits, inputs, config, seed, task.real)
-            z[chunk] = descend(representation, start, tokens, logits, inputs, config, seed, task.real).cpu()
+                start = projected(representation, decoding, some, start, logits, inputs, config, seed, task.real)
+            found = descend(representation, decoding, start, tokens, logits, inputs, config, seed, task.real)
+            z[chunk] = found.cpu()
             if advance is not None:
                 advance(len(chunk))
     return Embeddings(z, checkpoints.frame, checkpoints.architecture)
@@ -101,6 +109,7 @@ def refining_queries(task: ImageTask, config: RefineConfig, seed: int, training:
 @torch.no_grad()
 def projected(
     representation: HyperRepresentation,
+    decoding: Decoding,
     checkpoints: Checkpoints,
     z: Tensor,
     logits: Tensor,
@@ -109,14 +118,15 @@ def projected(
     seed: int,
     real: bool = False,
 ) -> Tensor:
-    """Move embeddings [n, T, Z] to the least error of each token in the metric of its network's own outputs.
+    """Move embeddings [n, T, W] to the least error of each token in the metric of its network's own outputs.
 
     Of what the decoded token lacks, r, the change of coordinates a that minimizes (r - a B)^T M (r - a B) is added,
-    with the mixture's basis B where z lies and the token's Gauss-Newton matrix M (`sensitivity`) on
-    `config.projection` queries. Nothing is moved where the representation has no mixture or M takes too much memory.
+    with the directions B along which it is decoded and the token's Gauss-Newton matrix M (`sensitivity`) on
+    `config.projection` queries. Nothing is moved where decoding is not linear or M takes too much memory.
 
     Args:
         representation: the representation of the base network.
+        decoding: how embeddings around these are decoded.
         checkpoints: n checkpoints, on its device.
         z: their embeddings.
         logits: what they give on the queries [n, N, C].
@@ -125,8 +135,8 @@ def projected(
         seed: seed of the choice of queries and of the classes drawn for M.
         real: whether outputs are values, not logits of classes.
     """
-    mixture, mask = representation.autoencoder.mixture, representation.autoencoder.mask
-    if mixture is None or not config.projection or not affordable(representation):
+    tokenizer, mask = representation.tokenizer, representation.autoencoder.mask
+    if not config.projection or not affordable(tokenizer):
         return z
     seed = derive_seed(seed, "refine", "projection")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
@@ -134,31 +144,31 @@ def projected(
     chosen, wanted = inputs[order], logits[:, order]
     distance = losses.distance_of(representation.loss_config, real)
 
-    def error(z: Tensor) -> Tensor:
+    def error(tokens: Tensor) -> Tensor:
         """L_B of each network [n], not scaled."""
-        decoded = representation.decode(Embeddings(z, checkpoints.frame, checkpoints.architecture))
+        decoded = Checkpoints(checkpoints.architecture, representation.weights(tokens), checkpoints.frame)
         return distance(behavior.outputs(decoded, chosen).logits, wanted).mean(1)
 
-    some = max(MATRICES_AT_ONCE // (len(mask) * mask.shape[1] ** 2), 1)
-    moved = []
-    for rows in torch.arange(len(z)).split(some):
-        own, start = checkpoints.rows(rows.numpy()), z[rows.to(z.device)]
-        lacking = (representation.tokens(own.weights) - representation.autoencoder.decode(start)) * mask  # [n, T, D]
-        basis = mixture.directions(start)  # [n, T, R, D]
-        weighted = basis @ sensitivities(representation, own, chosen, real, seed)  # [n, T, R, D]
-        unused = torch.diag_embed((basis.square().sum(-1) == 0).to(basis))
-        inner = weighted @ basis.transpose(-1, -2) + unused  # [n, T, R, R]
-        level = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        inner = inner + 1e-5 * level * torch.eye(inner.shape[-1], device=inner.device)  # of single precision
-        change = torch.linalg.solve(inner, weighted @ lacking[..., None])[..., 0]  # [n, T, R]
-        moved.append(start + mixture.packed(change))
-    found = torch.cat(moved)
-    better = error(found) < error(z)  # what is far away is not moved rightly by a linear rule
+    before = decoding(z)
+    lacking = (representation.tokens(checkpoints.weights) - before) * mask  # [n, T, D]
+    some, changes = max(MATRICES_AT_ONCE // (len(mask) * mask.shape[1] ** 2), 1), []
+    for first in range(0, len(z), some):
+        rows = slice(first, first + some)
+        directions = decoding.directions(rows)  # [n, T, R, D]
+        if directions is None:
+            return z
+        own = checkpoints.rows(np.arange(len(z))[rows])
+        matrices = sensitivities(tokenizer, representation.normalizer, own, chosen, real, seed)
+        changes.append(nearest(lacking[rows], directions, matrices))
+    change = torch.cat(changes)  # [n, T, R]
+    found = z + F.pad(change, (z.shape[2] - change.shape[2], 0))
+    better = error(decoding(found)) < error(before)  # what is far away is not moved rightly by a linear rule
     return torch.where(better[:, None, None], found, z)
 
 
 def descend(
     representation: HyperRepresentation,
+    decoding: Decoding,
     start: Tensor,
     tokens: Tensor,
     logits: Tensor | None,
@@ -167,14 +177,15 @@ def descend(
     seed: int = 0,
     real: bool = False,
 ) -> Tensor:
-    """Descend (1 - beta) L_B + beta L_S in the latent values of n networks, each on its own: [n, T, Z] -> [n, T, Z].
+    """Descend (1 - beta) L_B + beta L_S in the latent values of n networks, each on its own: [n, T, W] -> [n, T, W].
 
     Distance, beta (at the end of its schedule) and scale are those of the representation. The step size of a network
     grows with the root of its behavioral loss at the start.
 
     Args:
         representation: the representation of the base network.
-        start: embeddings to start from [n, T, Z].
+        decoding: how embeddings around these are decoded.
+        start: embeddings to start from [n, T, W].
         tokens: normalized tokens that the decoded ones should be like [n, T, D].
         logits: what the decoded networks should give on the queries [n, N, C]; without them L_S alone is descended.
         inputs: the queries [N, ...].
@@ -184,7 +195,7 @@ def descend(
     """
     loss = representation.loss_config
     beta, distance = losses.scheduled(loss.beta, 1.0), losses.distance_of(loss, real)
-    autoencoder, mask = representation.autoencoder, representation.autoencoder.mask
+    mask = representation.autoencoder.mask
     count = min(config.queries, len(inputs))
 
     def structural(decoded: Tensor, step: int) -> Tensor:
@@ -211,7 +222,7 @@ def descend(
             return (1 - beta) * behavioral(decoded, step) + beta * structural(decoded, step)
 
         with torch.no_grad():
-            error = behavioral(autoencoder.decode(start), -1)
+            error = behavioral(decoding(start), -1)
         reach = error.sqrt().clamp(1, FARTHEST)[:, None, None]
     moved = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS)
@@ -219,7 +230,7 @@ def descend(
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         with torch.enable_grad():
-            each = objective(autoencoder.decode(start + reach * moved), step)
+            each = objective(decoding(start + reach * moved), step)
             (moved.grad,) = torch.autograd.grad(each.sum(), [moved])
         optimizer.step()
     return (start + reach * moved).detach()

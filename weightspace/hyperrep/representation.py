@@ -1,6 +1,7 @@
 """What users hold: a hyper-representation that embeds, reconstructs, decodes and generates; one folder on disk.
 
-Legend: n checkpoints, T tokens, D token size, Z latent values per token.
+Legend: n checkpoints, T tokens, D token size, Z latent values per token, W coordinates per token: Z, or with details
+those of the sketch and D along the directions of the details, of which T x `details` in all are not zero.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from weightspace import hub
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, from_dict
 from weightspace.hyperrep.autoencoder import Autoencoder, Core
+from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, sensitivities
 from weightspace.networks.architectures import Architecture
+from weightspace.networks.behavior import input_shape_of
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.runs import UserError, read_json, write_json, write_tensors, write_text
 from weightspace.tokens.normalize import Normalizer
@@ -45,7 +48,7 @@ class Embeddings:
     """Embeddings of n checkpoints."""
 
     z: Tensor
-    """[n, T, Z]"""
+    """[n, T, W]"""
     frame: pd.DataFrame
     """The n rows of the checkpoints they came from."""
     architecture: Architecture
@@ -53,7 +56,34 @@ class Embeddings:
 
 
 Sampler = Callable[[Embeddings, int, torch.Generator], Tensor]
-"""(embeddings of anchors, how many, generator) -> new embeddings [count, T, Z]."""
+"""(embeddings of anchors, how many, generator) -> new embeddings [count, T, W]."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How embeddings around some given ones are decoded: with details, the sketches stay, and which directions count.
+
+    As a function: embeddings [n, T, W] -> normalized tokens [n, T, D].
+    """
+
+    autoencoder: Autoencoder
+    z: Tensor
+    """[n, T, W]: the given embeddings"""
+    sketch: Tensor | None = None
+    """[n, T, D]: with details, the tokens of their sketches"""
+    kept: Tensor | None = None
+    """[n, T, D]: with details, the directions along which they lie"""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.autoencoder.details is None or self.sketch is None or self.kept is None:
+            return self.autoencoder.decode(z)
+        return self.sketch + self.autoencoder.details(z[..., -self.kept.shape[2] :] * self.kept)
+
+    def directions(self, rows: slice) -> Tensor | None:
+        """What one unit of each of the last R coordinates adds to its token: [n, T, R, D]; None if it is not linear."""
+        if self.autoencoder.details is not None and self.kept is not None:
+            return self.autoencoder.details.directions(self.kept[rows])
+        return None if self.autoencoder.mixture is None else self.autoencoder.mixture.directions(self.z[rows])
 
 
 class HyperRepresentation:
@@ -169,16 +199,79 @@ class HyperRepresentation:
         parts = []
         for start in range(0, len(checkpoints), ROWS_AT_ONCE):
             chunk = {k: w[start : start + ROWS_AT_ONCE].to(self.device) for k, w in checkpoints.weights.items()}
-            parts.append(self.autoencoder.encode(self.tokens(chunk)).cpu())
+            parts.append(self._encode(self.tokens(chunk)).cpu())
         return Embeddings(torch.cat(parts), checkpoints.frame, self.architecture)
 
     @torch.no_grad()
     def decode(self, embeddings: Embeddings) -> Checkpoints:
         """Checkpoints from embeddings, in bounded memory."""
         self = self.on(embeddings.architecture)
-        parts = [self.weights(self.autoencoder.decode(z.to(self.device))) for z in embeddings.z.split(ROWS_AT_ONCE)]
+        each = (z.to(self.device) for z in embeddings.z.split(ROWS_AT_ONCE))
+        parts = [self.weights(self.decoding(z)(z)) for z in each]
         weights = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         return Checkpoints(self.architecture, weights, embeddings.frame)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Normalized tokens [n, T, D] -> embeddings [n, T, W]."""
+        z, details = self.autoencoder.encode(x), self.autoencoder.details
+        if details is None:
+            return z
+        coordinates = []
+        for some, tokens in zip(self.autoencoder.decode(z).split(self._matrices), x.split(self._matrices), strict=True):
+            matrices = self._seen(some)
+            coordinates.append(details.code(tokens - some, matrices, details.kept(matrices)))
+        return torch.cat([z, torch.cat(coordinates)], 2)
+
+    @torch.no_grad()
+    def decoding(self, z: Tensor) -> Decoding:
+        """How embeddings around z [n, T, W], on the representation's device, are decoded."""
+        details = self.autoencoder.details
+        if details is None:
+            return Decoding(self.autoencoder, z)
+        sketch = self.autoencoder.decode(z[..., : -self.tokenizer.token_size])
+        kept = torch.cat([details.kept(self._seen(some)) for some in sketch.split(self._matrices)])
+        return Decoding(self.autoencoder, z, sketch, kept)
+
+    def _seen(self, sketch: Tensor) -> Tensor:
+        """The Gauss-Newton matrices of sketches [n, T, D] on the queries of the details: [n, T, D, D]."""
+        details = self.autoencoder.details
+        assert details is not None
+        networks = Checkpoints(self.architecture, self.weights(sketch), pd.DataFrame(index=range(len(sketch))))
+        return sensitivities(self.tokenizer, self.normalizer, networks, details.queries, bool(details.real), seed=0)
+
+    @property
+    def _matrices(self) -> int:
+        """Checkpoints whose matrices are worked on together."""
+        tokens, size = self.tokenizer.mask.shape
+        return max(MATRICES_AT_ONCE // (tokens * size**2), 1)
+
+    def packed(self, embeddings: Embeddings) -> dict[str, Tensor]:
+        """The latent values of embeddings alone, all that decoding needs: {"z": [n, T, Z]}.
+
+        With details: {"sketch": [n, T, Z - details], "details": [n, T x details]}, the latter token by token.
+        """
+        self = self.on(embeddings.architecture)
+        if self.autoencoder.details is None:
+            return {"z": embeddings.z}
+        sketch, coordinates = embeddings.z.tensor_split([-self.tokenizer.token_size], 2)
+        kept = self._kept(embeddings.z)
+        return {"sketch": sketch, "details": coordinates[kept].unflatten(0, (len(sketch), -1))}
+
+    def unpacked(self, values: Mapping[str, Tensor], frame: pd.DataFrame, architecture: Architecture) -> Embeddings:
+        """The embeddings of some checkpoints of which these are the latent values; the inverse of `packed`."""
+        self = self.on(architecture)
+        if self.autoencoder.details is None:
+            return Embeddings(values["z"], frame, architecture)
+        sketch = values["sketch"]
+        z = torch.cat([sketch, sketch.new_zeros(*sketch.shape[:2], self.tokenizer.token_size)], 2)
+        kept = self._kept(z)
+        z[..., -self.tokenizer.token_size :][kept] = values["details"].flatten()
+        return Embeddings(z, frame, architecture)
+
+    def _kept(self, z: Tensor) -> Tensor:
+        """Along which directions the details of embeddings [n, T, W] lie, on the CPU: [n, T, D]."""
+        parts = [self.decoding(some.to(self.device)).kept for some in z.split(ROWS_AT_ONCE)]
+        return torch.cat([part.cpu() for part in parts if part is not None])
 
     def reconstruct(self, checkpoints: Checkpoints) -> Checkpoints:
         """Checkpoint -> embedding -> checkpoint."""
@@ -252,9 +345,6 @@ class HyperRepresentation:
                 raise ValueError(f"{MODEL_FILE} does not hold {wrong[0]} as the config describes it")
             representation = assembled(size, tokenizers, normalizers, info)
             representation.load_state(weights)
-            for own in (sibling.autoencoder.mixture for sibling in representation.siblings):
-                if own is not None and not set(own.slots.tolist()) <= set(range(own.codes[0].numel())):
-                    raise ValueError(f"{MODEL_FILE} names directions that its mixture does not have")
             from_dict(PretrainConfig, info["pretrain"])
             from_dict(LossConfig, info["loss"])
             if not {"validation", "step", "tasks", "scales"} <= info.keys():
@@ -307,7 +397,8 @@ def autoencoders(config: AutoencoderConfig, tokenizers: Sequence[Tokenizer]) -> 
     """Untrained autoencoders for one or several base networks; several share the transformer."""
     shapes = [(tokenizer.mask, tokenizer.positions) for tokenizer in tokenizers]
     core = Core(config, shapes) if len(shapes) > 1 else None
-    return [Autoencoder(config, *shape, core) for shape in shapes]
+    inputs = [input_shape_of(each.architecture.build()) if config.details else () for each in tokenizers]
+    return [Autoencoder(config, *shape, core, takes) for shape, takes in zip(shapes, inputs, strict=True)]
 
 
 def assembled(

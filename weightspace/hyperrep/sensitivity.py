@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
+from weightspace.tokens.normalize import Normalizer
+from weightspace.tokens.tokenizer import Tokenizer
 
 GRADIENTS_AT_ONCE = 2**25
 """Numbers in the gradients of one vectorized call, so that memory stays bounded."""
@@ -20,15 +21,15 @@ RIDGE = 0.1
 """Share of the mean diagonal that is added to every diagonal: weights that no query uses count a little."""
 
 
-def affordable(representation: HyperRepresentation) -> bool:
+def affordable(tokenizer: Tokenizer) -> bool:
     """Whether the matrices of one checkpoint fit into bounded memory and its network can be vectorized over queries."""
-    tokens, size = representation.tokenizer.mask.shape
-    fits = tokens * size**2 <= MATRICES_AT_ONCE and representation.architecture.parameter_count <= GRADIENTS_AT_ONCE
-    return fits and behavior.vectorized(representation.architecture)
+    tokens, size = tokenizer.mask.shape
+    fits = tokens * size**2 <= MATRICES_AT_ONCE and tokenizer.architecture.parameter_count <= GRADIENTS_AT_ONCE
+    return fits and behavior.vectorized(tokenizer.architecture)
 
 
 def sensitivities(
-    representation: HyperRepresentation, checkpoints: Checkpoints, inputs: Tensor, real: bool, seed: int
+    tokenizer: Tokenizer, normalizer: Normalizer, checkpoints: Checkpoints, inputs: Tensor, real: bool, seed: int
 ) -> Tensor:
     """The Gauss-Newton matrix of each token of n checkpoints on queries [Q, ...], in normalized units: [n, T, D, D].
 
@@ -37,14 +38,15 @@ def sensitivities(
     """
     network = behavior.runner(checkpoints.architecture, inputs.device)
     each = [
-        _summed(representation, network, checkpoints, row, inputs, real, torch.Generator().manual_seed(seed))
+        _summed(tokenizer, normalizer, network, checkpoints, row, inputs, real, torch.Generator().manual_seed(seed))
         for row in range(len(checkpoints))
     ]
-    return with_ridge(torch.stack(each) / len(inputs), representation.tokenizer.mask)
+    return with_ridge(torch.stack(each) / len(inputs), tokenizer.mask)
 
 
 def mean_sensitivity(
-    representation: HyperRepresentation,
+    tokenizer: Tokenizer,
+    normalizer: Normalizer,
     checkpoints: Checkpoints,
     inputs: Tensor,
     real: bool,
@@ -54,11 +56,11 @@ def mean_sensitivity(
 
     The ridge is added.
     """
-    network, mask = behavior.runner(checkpoints.architecture, inputs.device), representation.tokenizer.mask
+    network, mask = behavior.runner(checkpoints.architecture, inputs.device), tokenizer.mask
     total = torch.zeros(*mask.shape, mask.shape[1])
     for row, share in enumerate(inputs.tensor_split(len(checkpoints))):
-        total += _summed(representation, network, checkpoints, row, share, real, generator).cpu() / len(inputs)
-    layers = representation.tokenizer.positions[:, 1]
+        total += _summed(tokenizer, normalizer, network, checkpoints, row, share, real, generator).cpu() / len(inputs)
+    layers = tokenizer.positions[:, 1]
     for layer in layers.unique():
         total[layers == layer] = total[layers == layer].mean(0)
     return with_ridge(total, mask)
@@ -74,7 +76,8 @@ def with_ridge(matrices: Tensor, mask: Tensor) -> Tensor:
 
 
 def _summed(
-    representation: HyperRepresentation,
+    tokenizer: Tokenizer,
+    normalizer: Normalizer,
     network: torch.nn.Module,
     checkpoints: Checkpoints,
     row: int,
@@ -84,13 +87,13 @@ def _summed(
 ) -> Tensor:
     """The sum over queries of the outer products of each token's gradient, of one checkpoint: [T, D, D]."""
     weights = {name: weight[row].to(inputs.device) for name, weight in checkpoints.weights.items()}
-    mask = representation.tokenizer.mask
+    mask = tokenizer.mask
     total = torch.zeros(*mask.shape, mask.shape[1], device=inputs.device)
     some = max(GRADIENTS_AT_ONCE // mask.numel(), 1)
-    scale = representation.normalizer.std.to(inputs.device)  # d(weight) / d(normalized token)
+    scale = normalizer.std.to(inputs.device)  # d(weight) / d(normalized token)
     for batch in inputs.split(some):
         found = behavior.gradients(network, weights, batch, real, generator)
-        tokens = representation.tokenizer.tokenize(found).x * scale  # [Q, T, D]
+        tokens = tokenizer.tokenize(found).x * scale  # [Q, T, D]
         columns = tokens.transpose(0, 1)  # [T, Q, D]
         total += columns.transpose(1, 2) @ columns
     return total

@@ -1,0 +1,169 @@
+"""Details of sketches: few values, chosen by each checkpoint's own sketch; nothing else is needed to decode them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, RefineConfig, check
+from weightspace.experiment import embed_stage
+from weightspace.hyperrep.details import Details
+from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.representation import HyperRepresentation
+from weightspace.networks import behavior
+from weightspace.networks.checkpoints import Checkpoints
+from weightspace.runs import UserError
+from weightspace.tasks.images import load_task
+from weightspace.zoo.model_zoo import ModelZoo
+
+IMAGES = load_task("digits").test.images
+SIZE = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=12, details=9, components=2)
+BEHAVIOR = LossConfig(distance="kl", queries=16)
+
+
+def trained(zoo: ModelZoo, folder: Path, loss: LossConfig, size: AutoencoderConfig) -> HyperRepresentation:
+    config = PretrainConfig(epochs=(1, 2), steps=2, batch_size=4, learning_rate=1e-4)
+    return pretrain(zoo, folder, config, loss, size, seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("details") / "r"
+    trained(tiny_zoo, folder, BEHAVIOR, SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def representation(folder: Path) -> HyperRepresentation:
+    return HyperRepresentation.load(folder)
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny_zoo: ModelZoo) -> Checkpoints:
+    return tiny_zoo.select(split=["val", "test"], epoch=2)
+
+
+def agreement(first: Checkpoints, second: Checkpoints) -> float:
+    found = [behavior.outputs(some, IMAGES).logits.argmax(-1) for some in (first, second)]
+    return float((found[0] == found[1]).float().mean())
+
+
+def sketch_of(representation: HyperRepresentation, z: Tensor) -> Tensor:
+    """The embeddings without their details."""
+    return torch.cat([z[..., :3], torch.zeros_like(z[..., 3:])], -1)
+
+
+def test_the_latent_values_are_all_that_decoding_needs(
+    representation: HyperRepresentation, held_out: Checkpoints
+) -> None:
+    tokens = representation.tokenizer.count
+    embedded = representation.embed(held_out)
+    values = representation.packed(embedded)
+    assert values["sketch"].shape == (len(held_out), tokens, 3)
+    assert values["details"].shape == (len(held_out), tokens * 9)
+    assert representation.latent_size == tokens * 12 == values["sketch"][0].numel() + values["details"][0].numel()
+    again = representation.unpacked(values, embedded.frame, embedded.architecture)
+    assert torch.equal(again.z, embedded.z)
+    for name, weight in representation.decode(embedded).weights.items():
+        assert torch.equal(weight, representation.decode(again).weights[name])
+    more = replace(embedded, z=embedded.z + 1 * (embedded.z == 0))  # beyond the kept directions nothing is read
+    for name, weight in representation.decode(embedded).weights.items():
+        assert torch.equal(weight, representation.decode(more).weights[name])
+
+
+def test_the_sketch_alone_says_where_details_lie(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    """Of each checkpoint on its own, and differently for different checkpoints."""
+    z = representation.embed(held_out).z
+    kept = representation.decoding(z).kept
+    assert kept is not None and (kept.flatten(1).sum(1) == representation.tokenizer.count * 9).all()
+    for other in (sketch_of(representation, z), z + torch.nn.functional.pad(torch.randn(z[..., 3:].shape), (3, 0))):
+        assert torch.equal(kept, representation.decoding(other).kept)
+    assert torch.equal(kept[1:2], representation.decoding(z[1:2]).kept)
+    assert not torch.equal(kept[0], kept[1])
+    each = kept.sum(2).float()  # per token: rows of 10 weights need fewer than the others
+    assert each.max() > 12 and each.min() < 9
+
+
+def test_details_bring_the_behavior_back(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    embedded = representation.embed(held_out)
+    sketch = representation.decode(replace(embedded, z=sketch_of(representation, embedded.z)))
+    whole = representation.decode(embedded)
+    assert 1 - agreement(held_out, whole) < 0.4 * (1 - agreement(held_out, sketch))
+    errors = [(representation.tokens(some.weights) - representation.tokens(held_out.weights)).square().mean()
+              for some in (whole, sketch)]  # fmt: skip
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_directions_are_kept_by_what_they_are_worth() -> None:
+    """Worked out by hand: with axes as directions, the worth is spread times the diagonal of the matrix."""
+    details = Details(torch.ones(2, 3), 1, (1,))
+    details.basis.copy_(torch.eye(3).expand(2, 3, 3))
+    details.spread.copy_(torch.tensor([[1.0, 1.0, 9.0], [1.0, 1.0, 1.0]]))
+    matrices = torch.diag_embed(torch.tensor([[[3.0, 1.0, 1.0], [8.0, 2.0, 0.5]], [[0.1, 0.1, 0.0], [0.1, 3.0, 4.0]]]))
+    first, second = details.kept(matrices).tolist()
+    assert first == [[False, False, True], [True, False, False]]  # worth 3 1 9 and 8 2 .5
+    assert second == [[False, False, False], [False, True, True]]  # a token that no output sees keeps none
+    left = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
+    coordinates = details.code(left, matrices[:1], details.kept(matrices[:1]))
+    torch.testing.assert_close(coordinates, torch.tensor([[[0.0, 0.0, 3.0], [4.0, 0.0, 0.0]]]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(details(coordinates), coordinates)
+
+
+def test_fitted_directions_are_those_in_which_tokens_differ_and_outputs_move() -> None:
+    """Two tokens of one layer; along the second axis nothing is left out, along the third no output moves."""
+    left = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 1.0])
+    details = Details(torch.ones(2, 3), 1, (1,))
+    details.fit(left, torch.tensor([0, 0]), torch.diag(torch.tensor([1.0, 1.0, 0.001])).expand(2, 3, 3))
+    for token in range(2):
+        assert details.basis[token, :, 0].abs().argmax() == 0
+        torch.testing.assert_close(details.basis[token].T @ details.basis[token], torch.eye(3), rtol=1e-4, atol=1e-4)
+        assert details.spread[token, 0] == pytest.approx(1, rel=0.3)
+
+
+def test_details_are_saved_and_loaded(representation: HyperRepresentation, held_out: Checkpoints, folder: Path) -> None:
+    assert representation.autoencoder_config.details == 9
+    details = representation.autoencoder.details
+    assert details is not None and details.queries.shape == (256, 1, 8, 8) and details.queries.std() > 0.1
+    again = HyperRepresentation.load(folder)
+    assert torch.equal(representation.embed(held_out).z, again.embed(held_out).z)
+    other = HyperRepresentation.load(folder)
+    assert other.autoencoder.details is not None
+    other.autoencoder.details.queries.add_(1)
+    assert other.fingerprint != representation.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    [
+        (replace(BEHAVIOR, beta=1.0), SIZE),
+        (BEHAVIOR, replace(SIZE, components=0)),
+        (BEHAVIOR, replace(SIZE, window=20)),
+    ],
+    ids=["without behavior", "without a mixture", "in windows"],
+)
+def test_where_details_have_no_meaning_the_sketch_gets_all_values(
+    loss: LossConfig, size: AutoencoderConfig, tiny_zoo: ModelZoo, held_out: Checkpoints, tmp_path: Path
+) -> None:
+    made = trained(tiny_zoo, tmp_path / "r", loss, size)
+    assert made.autoencoder_config.details == 0 and made.autoencoder.details is None
+    assert made.embed(held_out).z.shape[2] == 12
+
+
+def test_details_leave_something_for_the_sketch() -> None:
+    with pytest.raises(UserError, match="leaves nothing of"):
+        check(replace(SIZE, details=12), "autoencoder")
+
+
+def test_written_embeddings_are_the_latent_values(
+    representation: HyperRepresentation, tiny_zoo: ModelZoo, tmp_path: Path
+) -> None:
+    embed_stage(tmp_path / "z", tiny_zoo, representation, "test", RefineConfig(), 0, torch.device("cpu"))
+    written = load_file(tmp_path / "z" / "embeddings.safetensors")
+    checkpoints = tiny_zoo.select(split="test")
+    again = representation.unpacked(written, checkpoints.frame, checkpoints.architecture)
+    assert torch.equal(again.z, representation.embed(checkpoints).z)
