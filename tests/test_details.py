@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, RefineConfig, check
 from weightspace.experiment import embed_stage
 from weightspace.hyperrep.details import Details
+from weightspace.hyperrep.directions import nearest
 from weightspace.hyperrep.pretrain import pretrain
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
@@ -69,6 +72,12 @@ def test_the_latent_values_are_all_that_decoding_needs(
     assert representation.latent_size == tokens * 12 == values["sketch"][0].numel() + values["details"][0].numel()
     again = representation.unpacked(values, embedded.frame, embedded.architecture)
     assert torch.equal(again.z, embedded.z)
+    with pytest.raises(UserError, match="choose other directions"):
+        other = {**values, "directions": values["directions"] + 1}
+        representation.unpacked(other, embedded.frame, embedded.architecture)
+    with pytest.raises(UserError, match="not the latent values of this representation"):
+        other = {**values, "details": values["details"][:, 1:]}
+        representation.unpacked(other, embedded.frame, embedded.architecture)
     for name, weight in representation.decode(embedded).weights.items():
         assert torch.equal(weight, representation.decode(again).weights[name])
     more = replace(embedded, z=embedded.z + 1 * (embedded.z == 0))  # beyond the kept directions nothing is read
@@ -114,11 +123,26 @@ def test_directions_are_kept_by_what_they_are_worth() -> None:
     assert torch.equal(details(coordinates), coordinates)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_coordinates_do_not_depend_on_the_scale_of_the_metric(scale: float) -> None:
+    """Against least squares in double precision; most directions are unused, and errors may cost next to nothing."""
+    root = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    metric, left = root.mT @ root + 0.1 * torch.eye(6), torch.ones(1, 2, 6)
+    directions = torch.eye(6).expand(1, 2, 6, 6) * (torch.arange(6) < 2)[:, None]
+    found = nearest(left, directions, scale * metric, torch.ones(2, 6))
+    for token in range(2):
+        half = torch.linalg.cholesky(metric[0, token].double()).mT
+        wanted = torch.linalg.lstsq(half[:, :2], half @ left[0, token].double()).solution
+        torch.testing.assert_close(found[0, token, :2].double(), wanted, rtol=1e-3, atol=1e-4)
+    assert (found[..., 2:] == 0).all()
+
+
 def test_fitted_directions_are_those_in_which_tokens_differ_and_outputs_move() -> None:
     """Two tokens of one layer; along the second axis nothing is left out, along the third no output moves."""
     left = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 1.0])
     details = Details(torch.ones(2, 3), 1, (1,))
-    details.fit(left, torch.tensor([0, 0]), torch.diag(torch.tensor([1.0, 1.0, 0.001])).expand(2, 3, 3))
+    metric = torch.diag(torch.tensor([1.0, 1.0, 0.001])).expand(2, 3, 3)
+    details.fit(left, torch.tensor([0, 0]), metric, torch.ones(256, 1), real=False)
     for token in range(2):
         assert details.basis[token, :, 0].abs().argmax() == 0
         torch.testing.assert_close(details.basis[token].T @ details.basis[token], torch.eye(3), rtol=1e-4, atol=1e-4)
@@ -157,6 +181,36 @@ def test_where_details_have_no_meaning_the_sketch_gets_all_values(
 def test_details_leave_something_for_the_sketch() -> None:
     with pytest.raises(UserError, match="leaves nothing of"):
         check(replace(SIZE, details=12), "autoencoder")
+
+
+def test_details_that_no_config_may_have_are_refused_at_load(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    config["autoencoder"] |= {"details": -5, "latent": -2}
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"autoencoder\.latent must be above 0"):
+        HyperRepresentation.load(tmp_path / "r")
+
+
+def test_validation_scores_whole_reconstructions(tiny_zoo: ModelZoo, representation: HyperRepresentation) -> None:
+    """The recorded L_S is that of sketch and details together."""
+    checkpoints = tiny_zoo.select(split="val", epoch=[1, 2])
+    x, mask = representation.tokens(checkpoints.weights), representation.autoencoder.mask
+    x_hat = representation.tokens(representation.reconstruct(checkpoints).weights)
+    whole = ((x_hat - x).square() * mask).sum() / mask.sum() / len(x)
+    assert representation.info["validation"]["structural"] == pytest.approx(float(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["the same images", "another query set"])
+def test_going_on_fits_the_details_again(
+    moved: bool, tiny_zoo: ModelZoo, representation: HyperRepresentation, tmp_path: Path
+) -> None:
+    config = PretrainConfig(epochs=(1, 2), steps=1, batch_size=4, learning_rate=1e-4)
+    loss = replace(BEHAVIOR, query_set="noise") if moved else BEHAVIOR
+    made = pretrain(tiny_zoo, tmp_path / "r", config, loss, SIZE, 0, torch.device("cpu"), start=representation)
+    before, after = representation.autoencoder.details, made.autoencoder.details
+    assert before is not None and after is not None
+    assert torch.equal(before.queries, after.queries) != moved
 
 
 def test_written_embeddings_are_the_latent_values(

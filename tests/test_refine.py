@@ -85,7 +85,11 @@ def test_a_network_is_refined_on_its_own(representation: HyperRepresentation, he
     config = RefineConfig(projection=64, steps=5, queries=16)
     together = refined(representation, held_out, TASKS, config).z
     alone = refined(representation, held_out.rows([1]), TASKS, config).z
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        together[1:2], alone, rtol=1e-2, atol=5e-2
+    )  # Adam steps where gradients are rounding too
+    errors = [behavioral_error(representation, held_out.rows([1]), z) for z in (together[1:2], alone)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=5e-2, atol=1e-6)
     assert torch.equal(together, refined(representation, held_out, TASKS, config).z)  # the same seed
     assert not torch.equal(together, refined(representation, held_out, TASKS, config, seed=1).z)
 

@@ -272,7 +272,7 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the checkpoints of a zoo: embeddings.safetensors (z) and embeddings.parquet (their rows)."""
+    """Embed the checkpoints of a zoo: embeddings.safetensors (latent values) and embeddings.parquet (their rows)."""
 
     zoo: Folder
     """folder of the zoo"""

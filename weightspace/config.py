@@ -126,8 +126,8 @@ class AutoencoderConfig:
     halo: int = 0
     """tokens on both sides of a window that are seen beside it"""
     components: int = 16
-    """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints (0:
-    the transformer alone, as published)"""
+    """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints; where
+    there are several, one more at the mean of all (0: the transformer alone, as published)"""
 
 
 @dataclass(frozen=True)
@@ -438,10 +438,10 @@ def digits_long() -> Experiment:
             save_epochs=(0, 1, 2, 5, 8, 12, 16, 20),
         ),
         autoencoder=AutoencoderConfig(details=26),
-        pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=300, batch_size=128),
+        pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=150, batch_size=128, validate_every=50),
         representations=losses(LossConfig(distance="kl")),
-        reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(projection=4000, steps=600)),
-        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=200)),
+        reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(projection=4000, steps=300)),
+        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=120)),
     )
 
 
@@ -484,8 +484,8 @@ def with_refinement(experiment: Experiment) -> Experiment:
         experiment,
         autoencoder=dataclasses.replace(experiment.autoencoder, details=62),
         pretrain=dataclasses.replace(experiment.pretrain, steps=40, validate_every=20),
-        reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=4000, steps=100)),
-        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=60)),
+        reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=2000, steps=50)),
+        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, projection=1000, steps=60)),
     )
 
 
@@ -592,7 +592,8 @@ def smallest(task: str) -> Experiment:
     """`smoke` on another task: seconds; its numbers mean nothing."""
     experiment = smoke()
     zoo = dataclasses.replace(experiment.zoo, tasks=(task,), network=network_for(task))
-    return dataclasses.replace(experiment, zoo=zoo)
+    size = dataclasses.replace(experiment.autoencoder, details=0)  # as in all studies
+    return dataclasses.replace(experiment, zoo=zoo, autoencoder=size)
 
 
 SCALES = {"small": small, "paper": published, "smoke": smallest}

@@ -323,6 +323,8 @@ def _classified(name: str, split: str, column: str, found: Array, true: Array, p
 
 
 def _reduced(flat: dict[str, Array], config: ProbeConfig) -> dict[str, Array]:
+    varies = flat["train"].std(0) > 0  # directions that nobody has are left out
+    flat = {split: values[:, varies] for split, values in flat.items()}
     rows, columns = flat["train"].shape
     pca = PCA(min(config.components, rows, columns), svd_solver="covariance_eigh" if columns <= 2 * rows else "full")
     pca.fit(flat["train"])

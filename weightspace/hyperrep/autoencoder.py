@@ -71,14 +71,14 @@ POSITIONS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 
 
 class LinearMixture(nn.Module):
-    """K linear autoencoders, chosen by the whole checkpoint: a mixture of principal components of every token.
+    """Linear autoencoders, chosen by the whole checkpoint: a mixture of principal components of every token.
 
     Component k has a center c_k in token space, its code e_k in latent space, and a basis of Z directions per position.
     How much of each component a checkpoint gets follows from its distances to the centers (encoder) or the codes
     (decoder), as in a mixture of probabilistic PCA (Tipping and Bishop 1999, "Mixtures of probabilistic principal
     component analyzers"). Members that start from the same weights lie around one center, so that the latent values are
-    spent on what training changed. One component more lies around the mean of all, for checkpoints of which nothing is
-    known.
+    spent on what training changed. Beside several such components one more lies around the mean of all, for checkpoints
+    of which nothing is known.
     """
 
     spread: Tensor
@@ -338,7 +338,7 @@ class Autoencoder(nn.Module):
     def fit(self, x: Tensor, seed: int, metric: Tensor | None = None) -> None:
         """Start as a mixture of principal components of training tokens [n, T, D], the transformer at zero.
 
-        The components are principal in a metric [T, D, D] where one is given. Details are fitted to what is left.
+        The components are principal in a metric [T, D, D] where one is given.
 
         Without a mixture there is nothing to fit: the transformer starts at random, as published.
         """
@@ -348,6 +348,11 @@ class Autoencoder(nn.Module):
         for output in (self.core.to_latent, self.core.to_token):
             nn.init.zeros_(output.weight)
             nn.init.zeros_(output.bias)
-        if self.details is not None and metric is not None:
-            left = torch.cat([some - self.decode(self.encode(some)) for some in x.split(ROWS_AT_ONCE)])
-            self.details.fit(left, self.positions[:, 1], metric)
+
+    @torch.no_grad()
+    def fit_details(self, x: Tensor, metric: Tensor, queries: Tensor, real: bool) -> None:
+        """Fit the details to what the sketches of training tokens [n, T, D] leave out; see `Details.fit`."""
+        if self.details is None:
+            return
+        left = torch.cat([some - self.decode(self.encode(some)) for some in x.split(ROWS_AT_ONCE)])
+        self.details.fit(left, self.positions[:, 1], metric, queries, real)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from weightspace.hyperrep.directions import covariance, isotropic, nearest, principal_directions
+from weightspace.hyperrep.directions import by_size, covariance, isotropic, nearest, principal_directions
 
 QUERIES = 256
 """Inputs on which a sketch shows which of its weights matter."""
@@ -49,30 +49,41 @@ class Details(nn.Module):
         self.register_buffer("real", torch.tensor(False))
 
     @torch.no_grad()
-    def fit(self, left: Tensor, layers: Tensor, metric: Tensor) -> None:
+    def fit(self, left: Tensor, layers: Tensor, metric: Tensor, queries: Tensor, real: bool) -> None:
         """Find the directions that matter on average.
 
         Args:
             left: what sketches leave out of training tokens [n, T, D].
             layers: the layer of each token [T].
             metric: what errors cost on average, a quadratic form per position [T, D, D].
+            queries: inputs on which sketches show which of their weights matter [Q, ...].
+            real: whether the networks' outputs are values.
         """
         own = covariance(left)
-        layer = torch.stack([own[layers == which].mean(0) for which in layers.tolist()])
+        layer = torch.empty_like(own)
+        for which in layers.unique():
+            layer[layers == which] = own[layers == which].mean(0)
         expected = OWN * own + (1 - OWN) * layer * self.mask[:, None] * self.mask[:, :, None]
         expected = expected + ALIKE * isotropic(own, self.mask)
         basis = principal_directions(expected, left.shape[2], metric)
+        self.queries.copy_(queries)
+        self.real.fill_(real)
         self.basis.copy_(basis)
         self.spread.copy_(torch.einsum("tdr,tde,ter->tr", basis.double(), expected, basis.double()))
 
     def kept(self, matrices: Tensor) -> Tensor:
         """Which directions the details of sketches with some Gauss-Newton matrices [n, T, D, D] lie along: [n, T, D].
 
-        Along a direction b, e b costs e^2 b^T M b / 2; T x `per_token` directions in all are kept.
+        Leaving out a direction b of spread s costs s b^T M b / 2; the T x `per_token` directions where that is most, of
+        all tokens, are kept.
         """
-        worth = ((self.basis.mT @ matrices) * self.basis.mT).sum(-1) * self.spread  # [n, T, D]
+        worth = matrices.new_zeros(matrices.shape[:3])  # [n, T, D]
+        for tokens, size in by_size(self.mask):
+            along = self.basis[tokens, :size, :size].mT
+            worth[:, tokens, :size] = ((along @ matrices[:, tokens, :size, :size]) * along).sum(-1)
+        worth *= self.spread
         count = len(self.basis) * self.per_token
-        chosen = worth.flatten(1).topk(min(count, worth[0].numel())).indices
+        chosen = worth.flatten(1).topk(min(count, worth.shape[1] * worth.shape[2])).indices
         return torch.zeros_like(worth, dtype=torch.bool).flatten(1).scatter(1, chosen, True).view_as(worth)
 
     def directions(self, kept: Tensor) -> Tensor:
@@ -81,7 +92,7 @@ class Details(nn.Module):
 
     def code(self, left: Tensor, matrices: Tensor, kept: Tensor) -> Tensor:
         """Coordinates [n, T, D] of what is left out [n, T, D]: those of least cost along the kept directions."""
-        return nearest(left, self.directions(kept), matrices)
+        return nearest(left, self.directions(kept), matrices, self.mask)
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """What coordinates [n, T, D] add to a sketch: [n, T, D]."""

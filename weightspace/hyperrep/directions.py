@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SINGLE = 1e-5
+"""Share of the mean diagonal that keeps a system solvable in single precision."""
+
 
 def covariance(rows: Tensor) -> Tensor:
     """Mean outer products per position of centered tokens [n, T, D], in double precision: [T, D, D]."""
@@ -59,20 +62,37 @@ def projection_onto(basis: Tensor, metric: Tensor | None) -> Tensor:
     return torch.linalg.solve(inner + unused, weighted.transpose(1, 2)).transpose(1, 2).to(basis)
 
 
-def nearest(left: Tensor, directions: Tensor, metric: Tensor) -> Tensor:
+def by_size(mask: Tensor) -> list[tuple[Tensor, int]]:
+    """The tokens of a mask [T, D] in groups of equally many entries, which are the first: [(indices, entries)].
+
+    Work on the matrices of tokens grows with the cube of their size, so that padding would cost most of it.
+    """
+    sizes = mask.sum(1).long()
+    return [((sizes == size).nonzero()[:, 0], size) for size in sizes.unique().tolist()]
+
+
+def nearest(left: Tensor, directions: Tensor, metric: Tensor, mask: Tensor) -> Tensor:
     """The coordinates a at which (left - a directions) is least in a metric, zero along directions that are zero.
 
     Args:
-        left: [..., D].
-        directions: [..., R, D].
-        metric: quadratic forms [..., D, D].
+        left: [n, T, D].
+        directions: [n, T, R, D].
+        metric: quadratic forms [n, T, D, D].
+        mask: which entries are no padding [T, D].
 
     Returns:
-        [..., R]
+        [n, T, R]
     """
-    weighted = directions @ metric  # [..., R, D]
-    unused = torch.diag_embed((directions.square().sum(-1) == 0).to(metric))
-    inner = weighted @ directions.mT + unused  # [..., R, R]
-    level = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    inner = inner + 1e-5 * level * torch.eye(inner.shape[-1], device=inner.device)  # of single precision
-    return torch.linalg.solve(inner, weighted @ left[..., None])[..., 0]
+    found = left.new_zeros(directions.shape[:3])
+    for tokens, size in by_size(mask):
+        rank = min(size, directions.shape[2])
+        basis, some = directions[:, tokens, :rank, :size], metric[:, tokens, :size, :size]
+        weighted = basis @ some  # [n, t, r, d]
+        used = basis.square().sum(-1) > 0  # [n, t, r]
+        inner = weighted @ basis.mT  # [n, t, r, r]
+        diagonal = inner.diagonal(dim1=-2, dim2=-1)  # a view [n, t, r]
+        level = diagonal.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+        level = level.clamp(min=torch.finfo(level.dtype).tiny)  # of a token that moves nothing
+        diagonal += torch.where(used, SINGLE * level, level)
+        found[:, tokens, :rank] = torch.linalg.solve(inner, weighted @ left[:, tokens, :size, None])[..., 0]
+    return found

@@ -182,7 +182,10 @@ def distributed(trained: nn.Module, kind: str, here: Processes, device: torch.de
         return step
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(
-            step, [device] if device.type == "cuda" else None, find_unused_parameters=True
+            step,
+            [device] if device.type == "cuda" else None,
+            find_unused_parameters=True,
+            broadcast_buffers=False,  # training changes none
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

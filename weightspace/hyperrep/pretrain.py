@@ -348,6 +348,8 @@ def part_of(
 def validate(parts: Sequence[Part], batch_size: int) -> dict[str, float]:
     """The losses over validation checkpoints at the final weights, agreement and L_S; views are fixed.
 
+    Agreement and L_S are those of whole reconstructions, the losses those that are trained: of sketches.
+
     Of several zoos it is the mean over them, beside the agreement on each.
     """
     each = [_validate(part, batch_size) for part in parts]
@@ -369,9 +371,9 @@ def _validate(part: Part, batch_size: int) -> dict[str, float]:
             rows = len(next(iter(batch.values())))
             found = {k: float(v) for k, v in step_losses(setting, batch, queries, 1.0, generator).items()}
             x = setting.representation.tokens(batch)
-            x_hat = autoencoder.decode(autoencoder.encode(x))
-            if "structural" not in found:  # its weight is zero at the end
-                found["structural"] = float(losses.structural(x_hat, x, autoencoder.mask))
+            z = setting.representation.encode(x)
+            x_hat = setting.representation.decoding(z)(z)
+            found["structural"] = float(losses.structural(x_hat, x, autoencoder.mask))
             predicted, original = (
                 outputs if setting.real else outputs.argmax(-1)
                 for some in (setting.representation.weights(x_hat), batch)
@@ -535,6 +537,11 @@ def untrained(
         autoencoder = dataclasses.replace(autoencoder, token_size=longest)
     tokenizers = [Tokenizer(network, autoencoder.token_size) for network in networks]
     if autoencoder.details and not _completes(autoencoder, loss, tokenizers):
+        if _compares_behavior(loss):
+            notice(
+                "no details: they need a mixture (autoencoder.components), whole checkpoints (no autoencoder.window) "
+                "and networks that are small enough and can be vectorized; all latent values go to the autoencoder"
+            )
         autoencoder = dataclasses.replace(autoencoder, details=0)
     if start is not None and start.autoencoder_config != autoencoder:
         raise UserError(
@@ -564,9 +571,15 @@ def untrained(
     with torch.random.fork_rng(devices=[]):  # built on the CPU
         torch.default_generator.manual_seed(derive_seed(seed, "autoencoder"))
         representation = assembled(autoencoder, tokenizers, normalizers, info)
-    if start is None or not go_on:
-        for one, x in zip(representation.siblings, tokens, strict=True):
-            _fit_start(one, x, zoos, frames, loss, seed)
+    mixes, fresh = autoencoder.components > 0, start is None or not go_on
+    costs = [
+        _costs(one, zoos, frames, loss, seed) if mixes and (fresh or autoencoder.details) else None
+        for one in representation.siblings
+    ]
+    normalized = [one.normalizer.normalize(x) for one, x in zip(representation.siblings, tokens, strict=True)]
+    if fresh:
+        for one, x, own in zip(representation.siblings, normalized, costs, strict=True):
+            one.autoencoder.fit(x, derive_seed(seed, "mixture"), own and own.metric)
             if one.latent_size >= one.architecture.parameter_count:
                 notice(
                     f"nothing is compressed: {one.latent_size:,} latent values (tokens x autoencoder.latent) for "
@@ -576,6 +589,9 @@ def untrained(
         state = start.state()
         kept = state if go_on else {name: value for name, value in state.items() if name.startswith("0.core.")}
         representation.load_state({**representation.state(), **kept})
+    for one, x, own in zip(representation.siblings, normalized, costs, strict=True):
+        if own is not None:
+            one.autoencoder.fit_details(x, own.metric, own.queries, own.real)
     return representation
 
 
@@ -590,42 +606,46 @@ def _compares_behavior(loss: LossConfig) -> bool:
     return min(heights) < 1
 
 
-def _fit_start(
+@dataclass(frozen=True)
+class Costs:
+    """What errors cost in behavior, on average over some training checkpoints."""
+
+    metric: Tensor
+    """[T, D, D]: a quadratic form per position"""
+    queries: Tensor
+    """[Q, ...]: inputs on which behavior is compared, in equal parts of every task"""
+    real: bool
+    """whether the networks' outputs are values"""
+
+
+def _costs(
     representation: HyperRepresentation,
-    x: Tensor,
     zoos: Sequence[ModelZoo],
     frames: Sequence[pd.DataFrame],
     loss: LossConfig,
     seed: int,
-) -> None:
-    """Start the mixture and the details from training tokens [n, T, D] and from what their errors cost in behavior.
-
-    The costs are a mean over some training checkpoints of each task [T, D, D]; there are none where behavior is not
-    compared, where there is no mixture to start from, and where they would take too much memory.
-    """
-    autoencoder, tokenizer, normalizer = representation.autoencoder, representation.tokenizer, representation.normalizer
-    costs: list[Tensor] = []
-    shown: list[Tensor] = []
-    if autoencoder.mixture is not None and _compares_behavior(loss) and affordable(tokenizer):
-        own = [pair for pair in zip(zoos, frames, strict=True) if pair[0].architecture == representation.architecture]
-        for zoo, frame in own:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "metric", zoo.fingerprint))
-            tasks = [load_task(name) for name in zoo.tasks]
-            for task in (task for task in tasks if (frame["task"] == task.name).any()):
-                rows = frame[frame["task"] == task.name]
-                rows = rows.iloc[torch.randperm(len(rows), generator=generator)[:METRIC_CHECKPOINTS].numpy()]
-                some = zoo.read(rows)
-                queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
-                inputs = queries.draw(METRIC_QUERIES * len(some), generator)
-                costs.append(mean_sensitivity(tokenizer, normalizer, some, inputs, task.real, generator))
-                shown.append(queries.draw(QUERIES, generator).cpu())
-                if autoencoder.details is not None:
-                    autoencoder.details.real.fill_(task.real)
-    metric = torch.stack(costs).mean(0) if costs else None
-    if autoencoder.details is not None:
-        every, generator = torch.cat(shown), torch.Generator().manual_seed(derive_seed(seed, "details"))
-        autoencoder.details.queries.copy_(every[torch.randperm(len(every), generator=generator)[:QUERIES]])
-    autoencoder.fit(normalizer.normalize(x), derive_seed(seed, "mixture"), metric)
+) -> Costs | None:
+    """The costs for one base network; None where behavior is not compared or they would take too much memory."""
+    tokenizer, normalizer = representation.tokenizer, representation.normalizer
+    if not _compares_behavior(loss) or not affordable(tokenizer):
+        return None
+    metrics, shown, real = [], [], False
+    for zoo, frame in zip(zoos, frames, strict=True):
+        if zoo.architecture != representation.architecture:
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, "metric", zoo.fingerprint))
+        tasks = [load_task(name) for name in zoo.tasks]
+        for task in (task for task in tasks if (frame["task"] == task.name).any()):
+            rows = frame[frame["task"] == task.name]
+            rows = rows.iloc[torch.randperm(len(rows), generator=generator)[:METRIC_CHECKPOINTS].numpy()]
+            some, real = zoo.read(rows), task.real
+            queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
+            inputs = queries.draw(METRIC_QUERIES * len(some), generator)
+            metrics.append(mean_sensitivity(tokenizer, normalizer, some, inputs, real, generator))
+            shown.append(queries.draw(QUERIES, generator).cpu())
+    every = torch.cat(shown)
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(derive_seed(seed, "details")))
+    return Costs(torch.stack(metrics).mean(0), every[chosen[:QUERIES]], real)
 
 
 def _covers(start: HyperRepresentation, networks: Sequence[Architecture]) -> bool:

@@ -159,7 +159,7 @@ def projected(
             return z
         own = checkpoints.rows(np.arange(len(z))[rows])
         matrices = sensitivities(tokenizer, representation.normalizer, own, chosen, real, seed)
-        changes.append(nearest(lacking[rows], directions, matrices))
+        changes.append(nearest(lacking[rows], directions, matrices, mask))
     change = torch.cat(changes)  # [n, T, R]
     found = z + F.pad(change, (z.shape[2] - change.shape[2], 0))
     better = error(decoding(found)) < error(before)  # what is far away is not moved rightly by a linear rule

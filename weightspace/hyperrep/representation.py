@@ -21,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from weightspace import hub
-from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, from_dict
+from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check, from_dict
 from weightspace.hyperrep.autoencoder import Autoencoder, Core
 from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, sensitivities
 from weightspace.networks.architectures import Architecture
@@ -199,7 +199,7 @@ class HyperRepresentation:
         parts = []
         for start in range(0, len(checkpoints), ROWS_AT_ONCE):
             chunk = {k: w[start : start + ROWS_AT_ONCE].to(self.device) for k, w in checkpoints.weights.items()}
-            parts.append(self._encode(self.tokens(chunk)).cpu())
+            parts.append(self.encode(self.tokens(chunk)).cpu())
         return Embeddings(torch.cat(parts), checkpoints.frame, self.architecture)
 
     @torch.no_grad()
@@ -211,8 +211,9 @@ class HyperRepresentation:
         weights = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         return Checkpoints(self.architecture, weights, embeddings.frame)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        """Normalized tokens [n, T, D] -> embeddings [n, T, W]."""
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Normalized tokens [n, T, D], on its device -> embeddings [n, T, W]."""
         z, details = self.autoencoder.encode(x), self.autoencoder.details
         if details is None:
             return z
@@ -248,24 +249,41 @@ class HyperRepresentation:
     def packed(self, embeddings: Embeddings) -> dict[str, Tensor]:
         """The latent values of embeddings alone, all that decoding needs: {"z": [n, T, Z]}.
 
-        With details: {"sketch": [n, T, Z - details], "details": [n, T x details]}, the latter token by token.
+        With details: {"sketch": [n, T, Z - details], "details": [n, T x details], "directions": [n]}. The details stand
+        token by token, along directions that each checkpoint's sketch has chosen: they are no features. The last is a
+        checksum of that choice.
         """
         self = self.on(embeddings.architecture)
         if self.autoencoder.details is None:
             return {"z": embeddings.z}
         sketch, coordinates = embeddings.z.tensor_split([-self.tokenizer.token_size], 2)
         kept = self._kept(embeddings.z)
-        return {"sketch": sketch, "details": coordinates[kept].unflatten(0, (len(sketch), -1))}
+        details = coordinates[kept].unflatten(0, (len(sketch), -1))
+        return {"sketch": sketch, "details": details, "directions": _checksum(kept)}
 
     def unpacked(self, values: Mapping[str, Tensor], frame: pd.DataFrame, architecture: Architecture) -> Embeddings:
-        """The embeddings of some checkpoints of which these are the latent values; the inverse of `packed`."""
+        """The embeddings of some checkpoints of which these are the latent values; the inverse of `packed`.
+
+        Raises:
+            UserError: they are of another representation, or were packed where the arithmetic differs.
+        """
         self = self.on(architecture)
-        if self.autoencoder.details is None:
-            return Embeddings(values["z"], frame, architecture)
-        sketch = values["sketch"]
-        z = torch.cat([sketch, sketch.new_zeros(*sketch.shape[:2], self.tokenizer.token_size)], 2)
-        kept = self._kept(z)
-        z[..., -self.tokenizer.token_size :][kept] = values["details"].flatten()
+        details, size = self.autoencoder.details, self.tokenizer.token_size
+        try:
+            if details is None:
+                return Embeddings(values["z"], frame, architecture)
+            sketch = values["sketch"]
+            z = torch.cat([sketch, sketch.new_zeros(len(sketch), self.tokenizer.count, size)], 2)
+            kept = self._kept(z)
+            same = torch.equal(_checksum(kept), values["directions"])
+            z[..., -size:][kept] = values["details"].flatten()
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"these are not the latent values of this representation: {error}") from None
+        if not same:
+            raise UserError(
+                "the sketches choose other directions here than where they were packed (another representation, or a "
+                "machine whose arithmetic differs); embed the checkpoints again on this machine"
+            )
         return Embeddings(z, frame, architecture)
 
     def _kept(self, z: Tensor) -> Tensor:
@@ -327,6 +345,7 @@ class HyperRepresentation:
         try:
             networks = [Architecture(entry["name"], entry["arguments"]) for entry in info.pop("networks")]
             size = from_dict(AutoencoderConfig, info.pop("autoencoder"))
+            check(size, "autoencoder")
             files = info.pop("files")
             weights, scales = (_read(folder / name, files[name]) for name in (MODEL_FILE, NORMALIZATION_FILE))
             tokenizers, normalizers = [], []
@@ -378,6 +397,12 @@ class HyperRepresentation:
     def loss_config(self) -> LossConfig:
         """The losses that it was trained with."""
         return from_dict(LossConfig, self.info["loss"])
+
+
+def _checksum(kept: Tensor) -> Tensor:
+    """A number for each choice of directions [n, T, D]: [n]."""
+    places = torch.arange(1, kept[0].numel() + 1)
+    return (kept.flatten(1) * places * (places + 7)).sum(1)
 
 
 def _read(path: Path, written: Mapping[str, Any]) -> dict[str, Tensor]:

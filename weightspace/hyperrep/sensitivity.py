@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weightspace.hyperrep.directions import by_size
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.tokens.normalize import Normalizer
@@ -36,12 +37,14 @@ def sensitivities(
     The ridge is added. Every checkpoint sees the same randomness, so that its matrices do not depend on the others.
     Checkpoints go one after another: each call is vectorized over its queries, and fills the memory that it may take.
     """
-    network = behavior.runner(checkpoints.architecture, inputs.device)
-    each = [
-        _summed(tokenizer, normalizer, network, checkpoints, row, inputs, real, torch.Generator().manual_seed(seed))
-        for row in range(len(checkpoints))
-    ]
-    return with_ridge(torch.stack(each) / len(inputs), tokenizer.mask)
+    network, mask = behavior.runner(checkpoints.architecture, inputs.device), tokenizer.mask
+    found = torch.zeros(len(checkpoints), *mask.shape, mask.shape[1], device=inputs.device)
+    for row, matrices in enumerate(found):
+        generator = torch.Generator().manual_seed(seed)
+        _add(matrices, tokenizer, normalizer, network, checkpoints, row, inputs, real, generator)
+    found /= len(inputs)
+    _add_ridge(found, mask)
+    return found
 
 
 def mean_sensitivity(
@@ -57,25 +60,28 @@ def mean_sensitivity(
     The ridge is added.
     """
     network, mask = behavior.runner(checkpoints.architecture, inputs.device), tokenizer.mask
-    total = torch.zeros(*mask.shape, mask.shape[1])
+    total = torch.zeros(*mask.shape, mask.shape[1], device=inputs.device)
     for row, share in enumerate(inputs.tensor_split(len(checkpoints))):
-        total += _summed(tokenizer, normalizer, network, checkpoints, row, share, real, generator).cpu() / len(inputs)
+        _add(total, tokenizer, normalizer, network, checkpoints, row, share, real, generator)
+    total = total.cpu() / len(inputs)
     layers = tokenizer.positions[:, 1]
     for layer in layers.unique():
         total[layers == layer] = total[layers == layer].mean(0)
-    return with_ridge(total, mask)
+    _add_ridge(total, mask)
+    return total
 
 
-def with_ridge(matrices: Tensor, mask: Tensor) -> Tensor:
-    """Matrices [..., T, D, D] of tokens with a mask [T, D], `RIDGE` times the mean diagonal added on it."""
+def _add_ridge(matrices: Tensor, mask: Tensor) -> None:
+    """Add `RIDGE` times the mean diagonal to the diagonals of matrices [..., T, D, D] of tokens with a mask [T, D]."""
     mask = mask.to(matrices)
-    size = mask.sum(1).clamp(min=1)
-    level = matrices.diagonal(dim1=-2, dim2=-1).sum(-1) / size  # [..., T]
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)  # a view [..., T, D]
+    level = diagonal.sum(-1) / mask.sum(1).clamp(min=1)  # [..., T]
     tiny = torch.finfo(matrices.dtype).tiny  # of a token that moves nothing
-    return matrices + torch.diag_embed((RIDGE * level).clamp(min=tiny)[..., None] * mask)
+    diagonal += (RIDGE * level).clamp(min=tiny)[..., None] * mask
 
 
-def _summed(
+def _add(
+    total: Tensor,
     tokenizer: Tokenizer,
     normalizer: Normalizer,
     network: torch.nn.Module,
@@ -84,16 +90,15 @@ def _summed(
     inputs: Tensor,
     real: bool,
     generator: torch.Generator,
-) -> Tensor:
-    """The sum over queries of the outer products of each token's gradient, of one checkpoint: [T, D, D]."""
+) -> None:
+    """Add the outer products of each token's gradient on all queries, of one checkpoint, to a total [T, D, D]."""
     weights = {name: weight[row].to(inputs.device) for name, weight in checkpoints.weights.items()}
     mask = tokenizer.mask
-    total = torch.zeros(*mask.shape, mask.shape[1], device=inputs.device)
-    some = max(GRADIENTS_AT_ONCE // mask.numel(), 1)
+    groups, at_once = by_size(mask.to(inputs.device)), max(GRADIENTS_AT_ONCE // mask.numel(), 1)
     scale = normalizer.std.to(inputs.device)  # d(weight) / d(normalized token)
-    for batch in inputs.split(some):
+    for batch in inputs.split(at_once):
         found = behavior.gradients(network, weights, batch, real, generator)
         tokens = tokenizer.tokenize(found).x * scale  # [Q, T, D]
-        columns = tokens.transpose(0, 1)  # [T, Q, D]
-        total += columns.transpose(1, 2) @ columns
-    return total
+        for some, size in groups:
+            rows = tokens[:, some, :size].transpose(0, 1)  # [t, Q, d]
+            total[some, :size, :size] += rows.mT @ rows

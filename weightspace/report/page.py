@@ -46,7 +46,8 @@ NOTES = {
     "zoo": "The networks whose weights are the data. A representation can only learn from the variety it sees here; "
     "the split unseen holds out whole initialization seeds.",
     "pretrain": "Each representation is the state of lowest validation loss. Total losses of representations that are "
-    "trained with different losses cannot be compared with each other; structural loss and agreement can.",
+    "trained with different losses cannot be compared with each other; structural loss and agreement can. With "
+    "details, the losses in training are those of the sketch alone.",
     "probe": "Linear probes predict a property of a checkpoint from its embedding, beside probes on simple statistics "
     "of its weights and on the weights themselves: an embedding is worth its cost where it beats both.",
     "reconstruct": "Checkpoints go through the bottleneck and are compared with their originals. Read agreement "
