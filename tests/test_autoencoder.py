@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from weightspace.config import AutoencoderConfig
-from weightspace.hyperrep.autoencoder import Autoencoder
+from weightspace.hyperrep.autoencoder import Autoencoder, _shares
 from weightspace.networks.architectures import Architecture
 from weightspace.runs import UserError
 from weightspace.tokens.tokenizer import Tokenizer
@@ -193,3 +193,24 @@ def test_mixture_is_the_principal_components_around_each_cluster() -> None:
 def test_more_components_than_checkpoints_are_refused() -> None:
     with pytest.raises(UserError, match="components=5 exceeds the 4 training checkpoints"):
         build(components=5).fit(tokens(4), 0)
+
+
+@torch.no_grad()
+def test_the_decoder_knows_the_component_that_the_encoder_chose() -> None:
+    """Clusters that one direction per token hardly tells apart: unscaled, codes would be mistaken for each other."""
+    generator = torch.Generator().manual_seed(5)
+    autoencoder = build(latent=1, components=3)
+    places = torch.randn(3, 8, 5, generator=generator) * TOKENIZER.mask
+    which = torch.arange(60) % 3
+    within = torch.randn(60, 8, 1, generator=generator) * torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0])
+    x = (places[which] + within) * TOKENIZER.mask
+    autoencoder.fit(x, 0)
+    mixture = autoencoder.mixture
+    assert mixture is not None and len(mixture.centers) == 4
+    z = mixture.encode(x, slice(None)).flatten(1)
+    encoder = _shares(x, mixture.centers, mixture.spread[0]).argmax(1)
+    codes = mixture.codes.flatten(1)
+    assert torch.equal(encoder, torch.cdist(z, codes).argmin(1))
+    plain = (mixture.centers - x.mean(0)) * 1.0
+    smaller = torch.einsum("ktd,tdr->ktr", plain, mixture.encoder[0]).flatten(1)
+    assert not torch.equal(encoder, torch.cdist(z - codes[encoder] + smaller[encoder], smaller).argmin(1))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, RefineConfig, check
 from weightspace.experiment import embed_stage
-from weightspace.hyperrep.details import Details
+from weightspace.hyperrep import sensitivity
+from weightspace.hyperrep.details import QUERIES, Details
 from weightspace.hyperrep.directions import nearest
 from weightspace.hyperrep.pretrain import pretrain
+from weightspace.hyperrep.refine import refined
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
@@ -142,7 +144,7 @@ def test_fitted_directions_are_those_in_which_tokens_differ_and_outputs_move() -
     left = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 1.0])
     details = Details(torch.ones(2, 3), 1, (1,))
     metric = torch.diag(torch.tensor([1.0, 1.0, 0.001])).expand(2, 3, 3)
-    details.fit(left, torch.tensor([0, 0]), metric, torch.ones(256, 1), real=False)
+    details.fit(left, torch.tensor([0, 0]), metric, torch.ones(QUERIES, 1), real=False)
     for token in range(2):
         assert details.basis[token, :, 0].abs().argmax() == 0
         torch.testing.assert_close(details.basis[token].T @ details.basis[token], torch.eye(3), rtol=1e-4, atol=1e-4)
@@ -152,7 +154,8 @@ def test_fitted_directions_are_those_in_which_tokens_differ_and_outputs_move() -
 def test_details_are_saved_and_loaded(representation: HyperRepresentation, held_out: Checkpoints, folder: Path) -> None:
     assert representation.autoencoder_config.details == 9
     details = representation.autoencoder.details
-    assert details is not None and details.queries.shape == (256, 1, 8, 8) and details.queries.std() > 0.1
+    assert details is not None and details.queries.shape == (QUERIES, 1, 8, 8) and details.queries.std() > 0.1
+    assert f"{QUERIES} inputs (own), which the file contains" in (folder / "README.md").read_text()
     again = HyperRepresentation.load(folder)
     assert torch.equal(representation.embed(held_out).z, again.embed(held_out).z)
     other = HyperRepresentation.load(folder)
@@ -162,20 +165,43 @@ def test_details_are_saved_and_loaded(representation: HyperRepresentation, held_
 
 
 @pytest.mark.parametrize(
-    ("loss", "size"),
+    ("loss", "size", "reason"),
     [
-        (replace(BEHAVIOR, beta=1.0), SIZE),
-        (BEHAVIOR, replace(SIZE, components=0)),
-        (BEHAVIOR, replace(SIZE, window=20)),
+        (replace(BEHAVIOR, beta=1.0), SIZE, ""),
+        (BEHAVIOR, replace(SIZE, components=0), "autoencoder.components=0"),
+        (BEHAVIOR, replace(SIZE, window=20), "autoencoder.window=20"),
     ],
     ids=["without behavior", "without a mixture", "in windows"],
 )
 def test_where_details_have_no_meaning_the_sketch_gets_all_values(
-    loss: LossConfig, size: AutoencoderConfig, tiny_zoo: ModelZoo, held_out: Checkpoints, tmp_path: Path
+    loss: LossConfig,
+    size: AutoencoderConfig,
+    reason: str,
+    tiny_zoo: ModelZoo,
+    held_out: Checkpoints,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = trained(tiny_zoo, tmp_path / "r", loss, size)
     assert made.autoencoder_config.details == 0 and made.autoencoder.details is None
     assert made.embed(held_out).z.shape[2] == 12
+    told = capsys.readouterr().err
+    assert reason in told and ("no details" in told) == bool(reason)
+
+
+def test_what_takes_too_much_memory_is_told(
+    tiny_zoo: ModelZoo,
+    representation: HyperRepresentation,
+    held_out: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sensitivity, "MATRICES_AT_ONCE", 1000)
+    trained(tiny_zoo, tmp_path / "r", BEHAVIOR, SIZE)
+    refined(representation, held_out.rows([0]), {"digits": load_task("digits")}, RefineConfig(projection=10))
+    told = capsys.readouterr().err
+    assert all(text in told for text in ("no details", "does not know what errors cost", "no projection"))
 
 
 def test_details_leave_something_for_the_sketch() -> None:

@@ -420,9 +420,9 @@ def digits() -> Experiment:
             save_epochs=(0, 1, 2, 5, 7, 10, 12),
         ),
         autoencoder=AutoencoderConfig(details=26),
-        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=80, batch_size=64, validate_every=20),
+        pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=60, batch_size=64, validate_every=30),
         representations=losses(LossConfig(distance="kl")),
-        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=2000, steps=200)),
+        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=1000, steps=200)),
         generate=TAUGHT,
     )
 

@@ -23,6 +23,8 @@ from weightspace.runs import UserError
 
 ROWS_AT_ONCE = 256
 """Checkpoints encoded in one call when details are fitted, so that memory stays bounded."""
+MARGIN = 1.5
+"""How much farther apart codes lie than the decoder needs to know the component of every training checkpoint."""
 UNSEEN = 1e-2
 """Variance expected of networks that were not seen along every direction, as a share of a weight's mean variance."""
 
@@ -126,7 +128,8 @@ class LinearMixture(nn.Module):
         with threadpool_limits(1):  # threads add up the centers in an order that changes from run to run
             clusters: Any = KMeans(components, random_state=seed % 2**32).fit(x.flatten(1).numpy())
         centers = torch.from_numpy(clusters.cluster_centers_).view(components, *x.shape[1:]).to(x)
-        residual = x - centers[torch.from_numpy(clusters.labels_).long()]  # [n, T, D]
+        labels = torch.from_numpy(clusters.labels_).long()
+        residual = x - centers[labels]  # [n, T, D]
         if len(self.centers) > components:
             centers = torch.cat([centers, x.mean(0, keepdim=True)])
         spread = covariance(residual)
@@ -135,13 +138,30 @@ class LinearMixture(nn.Module):
         basis = principal_directions(spread, latent, metric)  # [T, D, Z]
         projection = projection_onto(basis, metric)  # [T, D, Z]
         self.centers.copy_(centers)
-        self.codes.copy_(torch.einsum("ktd,tdr->ktr", centers - x.mean(0), projection))
+        codes = torch.einsum("ktd,tdr->ktr", centers - x.mean(0), projection)
+        within = torch.einsum("ntd,tdr->ntr", residual, projection)
+        codes = codes * (MARGIN * _needed(codes, within, labels)).clamp(min=1)
+        self.codes.copy_(codes)
         self.encoder.copy_(projection.expand_as(self.encoder))
         self.decoder.copy_(basis.transpose(1, 2).expand_as(self.decoder))
         smallest = 1e-6  # of a variance; keeps the distances finite where checkpoints coincide with their centers
         self.spread[0] = (residual.square().sum() / (len(x) * mask.sum())).clamp(min=smallest)
-        around = torch.einsum("ntd,tdr->ntr", residual, projection).square().mean()
-        self.spread[1] = around.clamp(min=smallest)
+        self.spread[1] = within.square().mean().clamp(min=smallest)
+
+
+def _needed(codes: Tensor, within: Tensor, labels: Tensor) -> Tensor:
+    """The factor s beyond which every s codes[label] + within is nearer to its own of the s codes than to others.
+
+    Of d = codes[k] - codes[j] and a = within, |a| < |s d + a| as soon as s > -2 d a / |d|^2.
+    """
+    codes, within = codes.flatten(1), within.flatten(1)
+    needed = codes.new_zeros(())
+    for k, own in enumerate(codes):
+        apart = own - torch.cat([codes[:k], codes[k + 1 :]])  # [K - 1, TZ]
+        along = within[labels == k] @ (apart / apart.square().sum(1, keepdim=True).clamp(min=1e-12)).T
+        if along.numel():
+            needed = torch.maximum(needed, (-2 * along).max())
+    return needed
 
 
 def _shares(x: Tensor, origin: Tensor, spread: Tensor) -> Tensor:

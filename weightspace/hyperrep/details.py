@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from weightspace.hyperrep.directions import by_size, covariance, isotropic, nearest, principal_directions
 
-QUERIES = 256
+QUERIES = 128
 """Inputs on which a sketch shows which of its weights matter."""
 OWN, ALIKE = 0.9, 0.02
 """Of the spread expected of a token: the share seen at its own position, not at all of its layer; and how much is added

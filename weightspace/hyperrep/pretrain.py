@@ -36,7 +36,7 @@ from weightspace.hyperrep.representation import (
     assembled,
     once,
 )
-from weightspace.hyperrep.sensitivity import affordable, mean_sensitivity
+from weightspace.hyperrep.sensitivity import TOO_LARGE, affordable, mean_sensitivity
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.checkpoints import Checkpoints
@@ -536,12 +536,9 @@ def untrained(
         longest = max(Tokenizer(network).token_size for network in networks)
         autoencoder = dataclasses.replace(autoencoder, token_size=longest)
     tokenizers = [Tokenizer(network, autoencoder.token_size) for network in networks]
-    if autoencoder.details and not _completes(autoencoder, loss, tokenizers):
+    if autoencoder.details and (reason := _incomplete(autoencoder, loss, tokenizers)):
         if _compares_behavior(loss):
-            notice(
-                "no details: they need a mixture (autoencoder.components), whole checkpoints (no autoencoder.window) "
-                "and networks that are small enough and can be vectorized; all latent values go to the autoencoder"
-            )
+            notice(f"no details, all latent values go to the autoencoder: {reason}")
         autoencoder = dataclasses.replace(autoencoder, details=0)
     if start is not None and start.autoencoder_config != autoencoder:
         raise UserError(
@@ -595,10 +592,15 @@ def untrained(
     return representation
 
 
-def _completes(autoencoder: AutoencoderConfig, loss: LossConfig, tokenizers: Sequence[Tokenizer]) -> bool:
-    """Whether details can complete a sketch: their directions are those that behavior sees, in whole checkpoints."""
-    whole = autoencoder.components > 0 and autoencoder.window is None
-    return whole and _compares_behavior(loss) and all(affordable(tokenizer) for tokenizer in tokenizers)
+def _incomplete(autoencoder: AutoencoderConfig, loss: LossConfig, tokenizers: Sequence[Tokenizer]) -> str | None:
+    """Why details cannot complete a sketch, if they cannot."""
+    if not _compares_behavior(loss):
+        return "their directions are those that behavior sees"
+    if not autoencoder.components:
+        return "they complete a mixture, and autoencoder.components=0"
+    if autoencoder.window is not None:
+        return f"they need whole checkpoints, and autoencoder.window={autoencoder.window}"
+    return None if all(affordable(tokenizer) for tokenizer in tokenizers) else TOO_LARGE
 
 
 def _compares_behavior(loss: LossConfig) -> bool:
@@ -627,7 +629,10 @@ def _costs(
 ) -> Costs | None:
     """The costs for one base network; None where behavior is not compared or they would take too much memory."""
     tokenizer, normalizer = representation.tokenizer, representation.normalizer
-    if not _compares_behavior(loss) or not affordable(tokenizer):
+    if not _compares_behavior(loss):
+        return None
+    if not affordable(tokenizer):
+        notice(f"{representation.architecture}: the start does not know what errors cost in behavior: {TOO_LARGE}")
         return None
     metrics, shown, real = [], [], False
     for zoo, frame in zip(zoos, frames, strict=True):

@@ -28,11 +28,11 @@ from weightspace.config import RefineConfig
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.directions import nearest
 from weightspace.hyperrep.representation import Decoding, Embeddings, HyperRepresentation
-from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, affordable, sensitivities
+from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, TOO_LARGE, affordable, sensitivities
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.networks.inventing import invented
-from weightspace.runs import derive_seed
+from weightspace.runs import derive_seed, notice
 from weightspace.tasks.images import ImageTask
 from weightspace.tasks.queries import Invent, query_set
 
@@ -73,6 +73,8 @@ def refined(
             advance(len(checkpoints))
         return embeddings
     z, compares = embeddings.z.clone(), compares_behavior(representation)
+    if config.projection and compares and not affordable(representation.tokenizer):
+        notice(f"no projection: {TOO_LARGE}")
     for name, rows in checkpoints.frame.reset_index(drop=True).groupby("task"):
         task, index = tasks[str(name)], torch.as_tensor(rows.index.to_numpy(copy=True))
         own = training and training.rows((training.frame["task"] == name).to_numpy())

@@ -445,6 +445,11 @@ def model_card(representation: HyperRepresentation, place: str) -> str:
         for each in representation.siblings
     )
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in info["validation"].items() if value is not None)
+    details = representation.autoencoder.details
+    contains = ""
+    if details is not None:
+        inputs = f"{len(details.queries)} inputs ({info['loss']['query_set']})"
+        contains = f"\nIts details were chosen on {inputs}, which the file contains.\n"
     return f"""---
 library_name: weightspace
 tags: [hyper-representation, weight-space-learning]
@@ -454,7 +459,7 @@ tags: [hyper-representation, weight-space-learning]
 A mixture of linear autoencoders beside a transformer autoencoder, over the weights of {info["zoo"]["members"]}
 trained networks (task {", ".join(info["tasks"])}; {sizes}), trained with weightspace (the losses of arXiv 2503.17138):
 {", ".join(f"{key} {value}" for key, value in info["loss"].items())}.
-
+{contains}
 ```python
 import weightspace as ws
 representation = ws.HyperRepresentation.from_hub("{place}")

@@ -20,6 +20,11 @@ MATRICES_AT_ONCE = 2**25
 """Numbers in the matrices of all tokens of the checkpoints that are worked on together."""
 RIDGE = 0.1
 """Share of the mean diagonal that is added to every diagonal: weights that no query uses count a little."""
+TOO_LARGE = (
+    "the network cannot be vectorized over queries, or the matrices of its tokens (number of tokens x token size^2) "
+    "are too large; set a smaller autoencoder.token_size"
+)
+"""Why what needs the matrices is left out."""
 
 
 def affordable(tokenizer: Tokenizer) -> bool:

@@ -310,7 +310,7 @@ class Architecture:
                 raise UserError(f"{self.name} takes no argument {argument!r}; it takes {', '.join(takes)}")
         try:
             network = factory(**arguments)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"{self} cannot be built: {error}") from None
         if not isinstance(network, nn.Module):
             raise UserError(f"{self.name} gives a {type(network).__name__}, not an nn.Module")
