@@ -27,7 +27,7 @@ from weightspace.tasks.images import load_task
 from weightspace.zoo.model_zoo import ModelZoo
 
 IMAGES = load_task("digits").test.images
-SIZE = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=12, details=9, components=2)
+SIZE = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=12, sketch=3, components=2)
 BEHAVIOR = LossConfig(distance="kl", queries=16)
 
 
@@ -204,15 +204,15 @@ def test_what_takes_too_much_memory_is_told(
     assert all(text in told for text in ("no details", "does not know what errors cost", "no projection"))
 
 
-def test_details_leave_something_for_the_sketch() -> None:
+def test_a_sketch_leaves_something_for_details() -> None:
     with pytest.raises(UserError, match="leaves nothing of"):
-        check(replace(SIZE, details=12), "autoencoder")
+        check(replace(SIZE, sketch=12), "autoencoder")
 
 
 def test_details_that_no_config_may_have_are_refused_at_load(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "r")
     config = json.loads((tmp_path / "r" / "config.json").read_text())
-    config["autoencoder"] |= {"details": -5, "latent": -2}
+    config["autoencoder"] |= {"latent": -2}
     (tmp_path / "r" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"autoencoder\.latent must be above 0"):
         HyperRepresentation.load(tmp_path / "r")

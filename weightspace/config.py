@@ -111,9 +111,9 @@ class AutoencoderConfig:
     """width of the feed-forward layers"""
     latent: int = 28
     """latent values per token (28: 1.8 weights of a CNN8 per latent value, the published compression)"""
-    details: int = 0
-    """of these, how many per token are not spent on a sketch of the checkpoint but on directions that its own outputs
-    see, chosen for each checkpoint (docs/method.md); needs a behavioral loss and components"""
+    sketch: int = 0
+    """of these, how many make a sketch of the checkpoint, which chooses the directions along which the others lie, its
+    details (docs/method.md; 0: no details); needs a behavioral loss and components"""
     head: int = 30
     """width of the projection head of the contrastive loss"""
     token_size: int | None = None
@@ -128,6 +128,11 @@ class AutoencoderConfig:
     components: int = 16
     """linear autoencoders in the mixture beside the transformer, started as clusters of the training checkpoints; where
     there are several, one more at the mean of all (0: the transformer alone, as published)"""
+
+    @property
+    def details(self) -> int:
+        """Latent values per token, on average, that are details."""
+        return self.latent - self.sketch if self.sketch else 0
 
 
 @dataclass(frozen=True)
@@ -210,8 +215,8 @@ POSITIVE = (
 )  # fmt: skip
 """Fields that have to be above zero, but for those that are zero by default."""
 NOT_NEGATIVE = (
-    "components", "condition", "details", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise",
-    "projection", "scaling",
+    "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise",
+    "projection", "scaling", "sketch",
 )  # fmt: skip
 """Fields that may be zero but not less."""
 SHARES = (
@@ -247,9 +252,10 @@ def check(config: Any, path: str = "") -> None:
                 raise UserError(f"{name} is a schedule whose points do not follow each other: {value}")
     if isinstance(config, AutoencoderConfig) and config.width % config.heads:
         raise UserError(f"{path}.width={config.width} cannot be divided among {path}.heads={config.heads}")
-    if isinstance(config, AutoencoderConfig) and config.details >= config.latent:
+    if isinstance(config, AutoencoderConfig) and config.sketch >= config.latent:
         raise UserError(
-            f"{path}.details={config.details} leaves nothing of {path}.latent={config.latent} for the sketch; lower it"
+            f"{path}.sketch={config.sketch} leaves nothing of {path}.latent={config.latent} for details; lower it, or "
+            "give 0 for no details"
         )
     if isinstance(config, PretrainConfig) and config.batch_size < 2:
         raise UserError(f"{path}.batch_size must be at least 2 (the contrastive loss compares), given 1")
@@ -419,7 +425,7 @@ def digits() -> Experiment:
             epochs=12,
             save_epochs=(0, 1, 2, 5, 7, 10, 12),
         ),
-        autoencoder=AutoencoderConfig(details=26),
+        autoencoder=AutoencoderConfig(sketch=2),
         pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=60, batch_size=64, validate_every=30),
         representations=losses(LossConfig(distance="kl")),
         reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=1000, steps=200)),
@@ -437,7 +443,7 @@ def digits_long() -> Experiment:
             epochs=20,
             save_epochs=(0, 1, 2, 5, 8, 12, 16, 20),
         ),
-        autoencoder=AutoencoderConfig(details=26),
+        autoencoder=AutoencoderConfig(sketch=2),
         pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=150, batch_size=128, validate_every=50),
         representations=losses(LossConfig(distance="kl")),
         reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(projection=4000, steps=300)),
@@ -460,7 +466,7 @@ def smoke() -> Experiment:
             val_share=0.2,
             test_share=0.2,
         ),
-        autoencoder=AutoencoderConfig(width=32, layers=1, heads=2, feedforward=64, components=2, details=26),
+        autoencoder=AutoencoderConfig(width=32, layers=1, heads=2, feedforward=64, components=2, sketch=2),
         pretrain=PretrainConfig(epochs=(2, 4), steps=20, batch_size=8, validate_every=10),
         representations=losses(LossConfig(distance="kl", queries=32)),
         generate=GenerateConfig(anchors=4, networks=8, bandwidths=(0.1, 0.3)),
@@ -482,7 +488,7 @@ def with_refinement(experiment: Experiment) -> Experiment:
     """The same with details, refined embeddings and less training; studies compare what trained encoders give alone."""
     return dataclasses.replace(
         experiment,
-        autoencoder=dataclasses.replace(experiment.autoencoder, details=62),
+        autoencoder=dataclasses.replace(experiment.autoencoder, sketch=2),
         pretrain=dataclasses.replace(experiment.pretrain, steps=40, validate_every=20),
         reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=2000, steps=50)),
         generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, projection=1000, steps=60)),
@@ -592,7 +598,7 @@ def smallest(task: str) -> Experiment:
     """`smoke` on another task: seconds; its numbers mean nothing."""
     experiment = smoke()
     zoo = dataclasses.replace(experiment.zoo, tasks=(task,), network=network_for(task))
-    size = dataclasses.replace(experiment.autoencoder, details=0)  # as in all studies
+    size = dataclasses.replace(experiment.autoencoder, sketch=0)  # as in all studies
     return dataclasses.replace(experiment, zoo=zoo, autoencoder=size)
 
 

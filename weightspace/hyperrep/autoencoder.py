@@ -230,7 +230,7 @@ class Core(nn.Module):
     def __init__(self, config: AutoencoderConfig, layouts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Build it for tokens with some masks [T, D] and positions [T, 3], one pair per base network."""
         super().__init__()
-        width, latent = config.width, config.latent - config.details
+        width, latent = config.width, config.sketch or config.latent
         (tokens, size), positions = layouts[0][0].shape, torch.cat([positions for _, positions in layouts])
         highest = positions.amax(0).tolist()
         self.embed = nn.Linear(size, width)
@@ -288,7 +288,7 @@ class Autoencoder(nn.Module):
     compression and spends its steps on what linear maps cannot do. With config.components = 0 it is the transformer
     alone.
 
-    With config.details it gives a sketch of a checkpoint in fewer latent values, which `Details` complete.
+    With config.sketch it gives a sketch of a checkpoint in fewer latent values, which `Details` complete.
 
     With config.window the transformer sees windows of so many tokens and config.halo more on both sides; the embedding
     of a checkpoint is that of its windows, one after another.
@@ -321,7 +321,7 @@ class Autoencoder(nn.Module):
         self.core = Core(config, [(mask, positions)]) if core is None else core
         self.mixture = None
         if config.components:
-            self.mixture = LinearMixture(config.components, tokens, size, config.latent - config.details)
+            self.mixture = LinearMixture(config.components, tokens, size, config.sketch or config.latent)
         self.details = Details(mask, config.details, input_shape) if config.details else None
 
     def encode(self, x: Tensor) -> Tensor:

@@ -539,7 +539,7 @@ def untrained(
     if autoencoder.details and (reason := _incomplete(autoencoder, loss, tokenizers)):
         if _compares_behavior(loss):
             notice(f"no details, all latent values go to the autoencoder: {reason}")
-        autoencoder = dataclasses.replace(autoencoder, details=0)
+        autoencoder = dataclasses.replace(autoencoder, sketch=0)
     if start is not None and start.autoencoder_config != autoencoder:
         raise UserError(
             f"the representation to start from is of another size ({start.autoencoder_config}) than asked for "
