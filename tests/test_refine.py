@@ -67,19 +67,22 @@ def behavioral_error(representation: HyperRepresentation, checkpoints: Checkpoin
     return kl.sum(-1).mean(1)
 
 
-@pytest.mark.parametrize("which", ["representation", "detailed"])
-def test_each_move_brings_the_behavior_closer(
-    which: str, held_out: Checkpoints, request: pytest.FixtureRequest
-) -> None:
-    representation: HyperRepresentation = request.getfixturevalue(which)
+def test_each_move_brings_the_behavior_closer(representation: HyperRepresentation, held_out: Checkpoints) -> None:
     plain = refined(representation, held_out, TASKS, RefineConfig()).z
     assert torch.equal(plain, representation.embed(held_out).z)
     moved = refined(representation, held_out, TASKS, RefineConfig(projection=512)).z
     descended = refined(representation, held_out, TASKS, RefineConfig(projection=512, steps=30)).z
+    errors = [behavioral_error(representation, held_out, z).mean() for z in (plain, moved, descended)]
+    assert errors[1] < 0.97 * errors[0]
+    assert errors[2] < 0.9 * errors[1]
+
+
+def test_each_move_of_details_brings_the_behavior_closer(detailed: HyperRepresentation, held_out: Checkpoints) -> None:
+    """The projection of networks whose initialization was seen; the linear rule is refused where the start is far."""
+    configs = (RefineConfig(), RefineConfig(projection=512), RefineConfig(projection=512, steps=30))
+    errors = [behavioral_error(detailed, held_out, refined(detailed, held_out, TASKS, each).z) for each in configs]
     seen = torch.tensor((held_out.frame["split"] != "unseen").to_numpy())
-    errors = [behavioral_error(representation, held_out, z) for z in (plain, moved, descended)]
     assert errors[1][seen].mean() < 0.97 * errors[0][seen].mean()
-    assert errors[1].mean() <= 1.001 * errors[0].mean()  # a linear rule may not help where the start is far away
     assert errors[2].mean() < 0.9 * errors[1].mean()
 
 
@@ -87,11 +90,7 @@ def test_a_network_is_refined_on_its_own(representation: HyperRepresentation, he
     config = RefineConfig(projection=64, steps=5, queries=16)
     together = refined(representation, held_out, TASKS, config).z
     alone = refined(representation, held_out.rows([1]), TASKS, config).z
-    torch.testing.assert_close(
-        together[1:2], alone, rtol=1e-2, atol=5e-2
-    )  # Adam steps where gradients are rounding too
-    errors = [behavioral_error(representation, held_out.rows([1]), z) for z in (together[1:2], alone)]
-    torch.testing.assert_close(errors[0], errors[1], rtol=5e-2, atol=1e-6)
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
     assert torch.equal(together, refined(representation, held_out, TASKS, config).z)  # the same seed
     assert not torch.equal(together, refined(representation, held_out, TASKS, config, seed=1).z)
 
@@ -114,9 +113,8 @@ def test_sensitivity_is_the_gauss_newton_matrix_of_kl(
 ) -> None:
     """For a small error e of one token the mean KL is e^T M e / 2, up to what sampling of classes leaves."""
     one, images = held_out.rows([0]), DIGITS.train.images[:400]
-    found = sensitivities(representation.tokenizer, representation.normalizer, one, images, False, seed=0)[
-        0
-    ]  # [T, D, D]
+    tokenizer, normalizer = representation.tokenizer, representation.normalizer
+    found = sensitivities(tokenizer, normalizer, one, images, False, seed=0)[0]  # [T, D, D]
     x = representation.tokens(one.weights)
     wanted = behavior.outputs(one, images).logits
     mask = representation.autoencoder.mask

@@ -475,12 +475,12 @@ def smoke() -> Experiment:
 
 
 def street() -> Experiment:
-    """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN: under an hour on two cores."""
+    """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN."""
     return with_refinement(small("street"))
 
 
 def patches() -> Experiment:
-    """150 published networks (CNN3) on photographs, a stand-in for EuroSAT: under an hour on two cores."""
+    """150 published networks (CNN3) on photographs, a stand-in for EuroSAT."""
     return with_refinement(small("patches"))
 
 

@@ -44,6 +44,8 @@ MOST_QUERIES = 20_000
 """Queries on which the outputs of the checkpoints are kept."""
 DECAYS = (0.9, 0.99)
 """Of Adam's moments: a hundred steps have to be enough."""
+ROUNDING = 1e-6
+"""Gradients far below this are rounding, of tokens that fit already: Adam must not scale them up to whole steps."""
 
 
 def refined(
@@ -207,10 +209,8 @@ def descend(
     if logits is None:
         objective, reach = structural, torch.ones(len(start), 1, 1, device=start.device)
     else:
-        network, scale = (
-            behavior.runner(representation.architecture, start.device),
-            behavioral_scale(representation.info),
-        )
+        network = behavior.runner(representation.architecture, start.device)
+        scale = behavioral_scale(representation.info)
         group = behavior.calibrate(representation.architecture, start.device, count, len(start), training=True)
 
         def behavioral(decoded: Tensor, step: int) -> Tensor:
@@ -227,7 +227,7 @@ def descend(
             error = behavioral(decoding(start), -1)
         reach = error.sqrt().clamp(1, FARTHEST)[:, None, None]
     moved = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS)
+    optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS, ROUNDING)
     for step in range(config.steps):
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
