@@ -532,6 +532,62 @@ def test_no_pickle_is_run(tmp_path: Path) -> None:
     assert not touched.exists() and not (tmp_path / "zoo2").exists()
 
 
+def rewritten(path: Path, kind: int = zipfile.ZIP_STORED, **changed: bytes) -> None:
+    """Pack a file of torch.save again, with other records and another compression."""
+    with zipfile.ZipFile(path) as plain:
+        records = {entry.filename: plain.read(entry) for entry in plain.infolist()}
+    with zipfile.ZipFile(path, "w", kind) as packed:
+        for name, content in records.items():
+            packed.writestr(name, changed.get(name.rpartition("/")[2], content))
+
+
+ALIKE: dict[str, Callable[[Tensor], Any]] = {
+    "plain": lambda x: {"a": x.clone(), "b": x[0].clone()},
+    "wrapped": lambda x: {"epoch": 3, "state_dict": {"module.a": x.clone()}, "optimizer": {"step": x[1].clone()}},
+    "parts of one tensor": lambda x: {"a": x[0], "b": x[2:, 1:2], "c": x[1, 1]},
+    "tied": lambda x: {"a": x, "b": x},
+    "transposed": lambda x: {"a": x.T.clone().T},
+    "other types": lambda x: {"a": x.half(), "b": x.bfloat16(), "c": x.double(), "n": torch.arange(3)},
+    "nothing": lambda x: {"a": x[:0].clone(), "b": x.clone()},
+    "parameters": lambda x: nn.Linear(5, 4).requires_grad_(bool(x[0, 0] > -9)).state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("packing", ["as saved", "old", "packed", "shifted", "big"])
+def test_every_file_of_torch_is_read_as_torch_reads_it(tmp_path: Path, kind: str, packing: str) -> None:
+    for seed in range(3):
+        path = tmp_path / f"net{'x' * seed}.pt"  # its length moves the records
+        content = ALIKE[kind](torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)))
+        torch.save(content, path, _use_new_zipfile_serialization=packing != "old")
+        if packing in ("packed", "shifted"):
+            rewritten(path, zipfile.ZIP_DEFLATED if packing == "packed" else zipfile.ZIP_STORED)
+        if packing == "big":
+            rewritten(path, byteorder=b"big")
+        expected = untrusted.unwrapped(torch.load(path, weights_only=True))
+        found = untrusted.read_state(path)
+        assert list(found) == list(expected)
+        for name, tensor in expected.items():  # swapped bytes may be no numbers
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_pickle_of_many_checkpoints_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(untrusted.torch, "load", lambda *_, load=torch.load, **how: ran.append(1) or load(*_, **how))
+    untrusted._places.cache_clear()
+    for seed in range(4):
+        torch.save(state_of("CNN8", seed), tmp_path / f"net{seed}.pt")
+        assert torch.equal(
+            untrusted.read_state(tmp_path / f"net{seed}.pt")["fc1.bias"], state_of("CNN8", seed)["fc1.bias"]
+        )
+    assert len(ran) == 1
+    cut = tmp_path / "cut.pt"
+    torch.save(state_of("CNN8", 5), cut)
+    rewritten(cut, **{"2": b"short"})  # one record is not what the pickle needs
+    with pytest.raises(untrusted.Unreadable, match="damaged"):
+        untrusted.read_state(cut)
+
+
 def test_unusable_and_double_checkpoints(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
