@@ -121,7 +121,7 @@ def test_every_stage_works_alone(finished: Path, tmp_path: Path, capsys: pytest.
     ]  # fmt: skip
     steps = ["--pretrain.steps", "4", "--pretrain.epochs", "1", "--pretrain.batch-size", "4", "--loss.queries", "16"]
     run("pretrain", zoo, "--out", rep, *small, *steps)
-    refine = ["--refine.projection", 100, "--refine.steps", 3]
+    refine = ["--refine.steps", 3]
     run("embed", zoo, rep, "--out", tmp_path / "z", "--split", "test", *refine)
     run("probe", zoo, rep, "--out", tmp_path / "probe")
     assert "R2 test_acc" in capsys.readouterr().out

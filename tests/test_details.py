@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -15,10 +16,8 @@ from torch import Tensor
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, RefineConfig, check
 from weightspace.experiment import embed_stage
 from weightspace.hyperrep import sensitivity
-from weightspace.hyperrep.details import QUERIES, Details
-from weightspace.hyperrep.directions import nearest
+from weightspace.hyperrep.details import Details, Span
 from weightspace.hyperrep.pretrain import pretrain
-from weightspace.hyperrep.refine import refined
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
@@ -27,7 +26,9 @@ from weightspace.tasks.images import load_task
 from weightspace.zoo.model_zoo import ModelZoo
 
 IMAGES = load_task("digits").test.images
-SIZE = AutoencoderConfig(width=16, layers=1, heads=2, feedforward=32, latent=12, sketch=3, components=2)
+SIZE = AutoencoderConfig(
+    width=16, layers=1, heads=2, feedforward=32, latent=12, sketch=3, lots=2, queries=100, components=2
+)
 BEHAVIOR = LossConfig(distance="kl", queries=16)
 
 
@@ -73,7 +74,8 @@ def test_the_latent_values_are_all_that_decoding_needs(
     assert values["details"].shape == (len(held_out), tokens * 9)
     assert representation.latent_size == tokens * 12 == values["sketch"][0].numel() + values["details"][0].numel()
     again = representation.unpacked(values, embedded.frame, embedded.architecture)
-    assert torch.equal(again.z, embedded.z)
+    torch.testing.assert_close(again.z, embedded.z, rtol=1e-2, atol=3e-3)  # the second lot magnifies rounding
+    assert torch.equal(again.z, representation.unpacked(values, embedded.frame, embedded.architecture).z)
     with pytest.raises(UserError, match="choose other directions"):
         other = {**values, "directions": values["directions"] + 1}
         representation.unpacked(other, embedded.frame, embedded.architecture)
@@ -81,23 +83,61 @@ def test_the_latent_values_are_all_that_decoding_needs(
         other = {**values, "details": values["details"][:, 1:]}
         representation.unpacked(other, embedded.frame, embedded.architecture)
     for name, weight in representation.decode(embedded).weights.items():
-        assert torch.equal(weight, representation.decode(again).weights[name])
-    more = replace(embedded, z=embedded.z + 1 * (embedded.z == 0))  # beyond the kept directions nothing is read
-    for name, weight in representation.decode(embedded).weights.items():
-        assert torch.equal(weight, representation.decode(more).weights[name])
+        torch.testing.assert_close(representation.decode(again).weights[name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_beyond_the_span_nothing_is_read(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+    z = representation.embed(held_out).z
+    decoding = representation.decoding(z)
+    assert decoding.span is not None
+    noise = torch.randn(z[..., 3:].shape, generator=torch.Generator().manual_seed(0))
+    beyond = noise - decoding.span.told(decoding.span.values(noise))
+    assert beyond.square().mean() > 0.05 * noise.square().mean()
+    more = torch.cat([z[..., :3], z[..., 3:] + beyond], 2)
+    torch.testing.assert_close(representation.decoding(more).tokens(), decoding.tokens(), rtol=1e-2, atol=3e-3)
+    torch.testing.assert_close(decoding.embeddings(decoding.values), z, rtol=1e-2, atol=3e-3)
+
+
+def span_of(representation: HyperRepresentation, z: Tensor) -> Span:
+    span = representation.decoding(z).span
+    assert span is not None
+    return span
 
 
 def test_the_sketch_alone_says_where_details_lie(representation: HyperRepresentation, held_out: Checkpoints) -> None:
-    """Of each checkpoint on its own, and differently for different checkpoints."""
+    """Of each checkpoint on its own, differently for different ones; the second lot hears of the first, no other."""
     z = representation.embed(held_out).z
-    kept = representation.decoding(z).kept
-    assert kept is not None and (kept.flatten(1).sum(1) == representation.tokenizer.count * 9).all()
-    for other in (sketch_of(representation, z), z + torch.nn.functional.pad(torch.randn(z[..., 3:].shape), (3, 0))):
-        assert torch.equal(kept, representation.decoding(other).kept)
-    assert torch.equal(kept[1:2], representation.decoding(z[1:2]).kept)
-    assert not torch.equal(kept[0], kept[1])
-    each = kept.sum(2).float()  # per token: rows of 10 weights need fewer than the others
+    span, count = span_of(representation, z), representation.tokenizer.count * 9
+    assert [int(lot[0].sum()) for lot in span.lots] == [round(count / 4), count - round(count / 4)]
+    without = span_of(representation, sketch_of(representation, z))
+    assert torch.equal(span.lot == 1, without.lot[..., : span.lot.shape[2]] == 1)
+    assert (span.checksum() - without.checksum()).abs().min() > 0.1  # the second lot is another
+    settled = span.told(span.values(z[..., 3:]) * (span.lot == 1))
+    first = span_of(representation, torch.cat([z[..., :3], settled], 2))
+    torch.testing.assert_close(first.checksum(), span.checksum(), rtol=0, atol=0.01)
+    alone = span_of(representation, z[1:2]).checksum()
+    torch.testing.assert_close(span.checksum()[1:2], alone, rtol=0, atol=0.01)
+    assert not torch.equal(span.lot[0], span.lot[1])
+    each = (span.lot > 0).sum(2).float()  # per token: rows of 10 weights need fewer than the others
     assert each.max() > 12 and each.min() < 9
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_core_works_on_a_part_of_its_own(
+    representation: HyperRepresentation, held_out: Checkpoints, threads: int
+) -> None:
+    """The parts are computed as they would be alone, and errors come through."""
+    expected, before = representation.embed(held_out).z, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(representation.embed(held_out).z, expected, rtol=1e-4, atol=1e-4)
+        parts = sensitivity.on_every_core(lambda part: list(range(10))[part], 10, 4, torch.device("cpu"))
+        assert list(itertools.chain(*parts)) == list(range(10)) and max(map(len, parts)) * threads <= max(4, threads)
+        with pytest.raises(ZeroDivisionError):
+            sensitivity.on_every_core(lambda part: 1 // part.start, 10, 4, torch.device("cpu"))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_details_bring_the_behavior_back(representation: HyperRepresentation, held_out: Checkpoints) -> None:
@@ -112,50 +152,66 @@ def test_details_bring_the_behavior_back(representation: HyperRepresentation, he
 
 def test_directions_are_kept_by_what_they_are_worth() -> None:
     """Worked out by hand: with axes as directions, the worth is spread times the diagonal of the matrix."""
-    details = Details(torch.ones(2, 3), 1, (1,))
-    details.basis.copy_(torch.eye(3).expand(2, 3, 3))
-    details.spread.copy_(torch.tensor([[1.0, 1.0, 9.0], [1.0, 1.0, 1.0]]))
-    matrices = torch.diag_embed(torch.tensor([[[3.0, 1.0, 1.0], [8.0, 2.0, 0.5]], [[0.1, 0.1, 0.0], [0.1, 3.0, 4.0]]]))
-    first, second = details.kept(matrices).tolist()
-    assert first == [[False, False, True], [True, False, False]]  # worth 3 1 9 and 8 2 .5
-    assert second == [[False, False, False], [False, True, True]]  # a token that no output sees keeps none
-    left = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
-    coordinates = details.code(left, matrices[:1], details.kept(matrices[:1]))
-    torch.testing.assert_close(coordinates, torch.tensor([[[0.0, 0.0, 3.0], [4.0, 0.0, 0.0]]]), rtol=1e-4, atol=1e-4)
-    assert torch.equal(details(coordinates), coordinates)
+    details = Details(torch.ones(2, 3), 1, 1, 1, (1,))
+    details.axes.copy_(torch.eye(3).expand(2, 3, 3))
+    details.deviation.copy_(torch.tensor([[1.0, 1.0, 3.0], [1.0, 1.0, 1.0]]))
+    matrices = torch.diag_embed(torch.tensor([[[3.0, 1.0, 1.0], [8.0, 2.0, 0.5]], [[0.1, 0.2, 0.0], [0.05, 3.0, 4.0]]]))
+    left = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]).expand(2, 2, 3)
+    span = details.span(matrices, 2)
+    first = [[[0.0, 0.0, 3.0], [4.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 5.0, 6.0]]]  # worth 3 1 9, 8 2 .5
+    torch.testing.assert_close(span.told(span.values(left)), torch.tensor(first))  # what no output sees keeps nothing
+    more = details.span(matrices, 2, span)
+    second = [[[1.0, 0.0, 3.0], [4.0, 5.0, 0.0]], [[1.0, 2.0, 0.0], [0.0, 5.0, 6.0]]]
+    torch.testing.assert_close(more.told(more.values(left)), torch.tensor(second))
+    assert [int(lot.sum()) for lot in more.lots] == [4, 4]
+    every = details.span(matrices, 99, more)  # there are no more than six
+    torch.testing.assert_close(every.told(every.values(left)), left)
+    assert [int(lot.sum()) for lot in every.lots] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_coordinates_do_not_depend_on_the_scale_of_the_metric(scale: float) -> None:
-    """Against least squares in double precision; most directions are unused, and errors may cost next to nothing."""
-    root = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    metric, left = root.mT @ root + 0.1 * torch.eye(6), torch.ones(1, 2, 6)
-    directions = torch.eye(6).expand(1, 2, 6, 6) * (torch.arange(6) < 2)[:, None]
-    found = nearest(left, directions, scale * metric, torch.ones(2, 6))
+def test_values_are_those_of_least_cost(scale: float) -> None:
+    """Against least squares in double precision, for both lots together where the matrices are the same."""
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(1, 2, 6, 6, generator=generator)
+    metric = scale * (roots.mT @ roots + 0.1 * torch.eye(6))
+    details = Details(torch.ones(2, 6), 2, 1, 1, (1,))
+    left = torch.randn(50, 2, 6, generator=generator) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5, 0.1])
+    details.fit(left, torch.tensor([0, 1]), torch.ones(1, 1), real=False)
+    span = details.span(metric, 3, details.span(metric, 1))
+    along = details.along_axes(left[:1])
+    told = details.tokens(span.told(span.values(along)))
     for token in range(2):
+        kept = span.lot[0, token] > 0
+        ones = torch.zeros(int(kept.sum()), *span.lot.shape[1:])
+        ones[:, token, : len(ones)] = torch.eye(len(ones))  # the values of a token are its first
+        directions = torch.stack([details.tokens(span.told(one[None]))[0, token] for one in ones])
         half = torch.linalg.cholesky(metric[0, token].double()).mT
-        wanted = torch.linalg.lstsq(half[:, :2], half @ left[0, token].double()).solution
-        torch.testing.assert_close(found[0, token, :2].double(), wanted, rtol=1e-3, atol=1e-4)
-    assert (found[..., 2:] == 0).all()
+        found = torch.linalg.lstsq(half @ directions.double().T, half @ left[0, token].double()).solution
+        wanted = directions.double().T @ found
+        torch.testing.assert_close(told[0, token].double(), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_fitted_directions_are_those_in_which_tokens_differ_and_outputs_move() -> None:
-    """Two tokens of one layer; along the second axis nothing is left out, along the third no output moves."""
-    left = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.01, 1.0])
-    details = Details(torch.ones(2, 3), 1, (1,))
-    metric = torch.diag(torch.tensor([1.0, 1.0, 0.001])).expand(2, 3, 3)
-    details.fit(left, torch.tensor([0, 0]), metric, torch.ones(QUERIES, 1), real=False)
-    for token in range(2):
-        assert details.basis[token, :, 0].abs().argmax() == 0
-        torch.testing.assert_close(details.basis[token].T @ details.basis[token], torch.eye(3), rtol=1e-4, atol=1e-4)
-        assert details.spread[token, 0] == pytest.approx(1, rel=0.3)
+def test_fitted_axes_are_principal_in_what_is_left_out() -> None:
+    """Against the covariance that the tokens were drawn with; a token that never differs borrows from its layer."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
+    left = torch.randn(4000, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 1.0, 0.1])
+    left = torch.stack([left[:, 0] @ turn.T, torch.zeros(4000, 3)], 1)
+    details = Details(torch.ones(2, 3), 1, 1, 1, (1,))
+    details.fit(left, torch.tensor([0, 0]), torch.ones(1, 1), real=False)
+    for column in range(3):
+        assert (details.axes[0, :, column] @ turn[:, column]).abs() > 0.99
+    isotropic = 0.02 * 5.01 / 3
+    variances = torch.tensor([4.0, 1.0, 0.01])
+    torch.testing.assert_close(details.deviation[0], (0.95 * variances + isotropic).sqrt(), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(details.deviation[1], (0.05 * variances).sqrt(), rtol=0.05, atol=0.01)
 
 
 def test_details_are_saved_and_loaded(representation: HyperRepresentation, held_out: Checkpoints, folder: Path) -> None:
     assert representation.autoencoder_config.details == 9
     details = representation.autoencoder.details
-    assert details is not None and details.queries.shape == (QUERIES, 1, 8, 8) and details.queries.std() > 0.1
-    assert f"{QUERIES} inputs (own), which the file contains" in (folder / "README.md").read_text()
+    assert details is not None and details.queries.shape == (100, 1, 8, 8) and details.queries.std() > 0.1
+    assert "100 inputs (own), which the file contains" in (folder / "README.md").read_text()
     again = HyperRepresentation.load(folder)
     assert torch.equal(representation.embed(held_out).z, again.embed(held_out).z)
     other = HyperRepresentation.load(folder)
@@ -191,17 +247,14 @@ def test_where_details_have_no_meaning_the_sketch_gets_all_values(
 
 def test_what_takes_too_much_memory_is_told(
     tiny_zoo: ModelZoo,
-    representation: HyperRepresentation,
-    held_out: Checkpoints,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sensitivity, "MATRICES_AT_ONCE", 1000)
     trained(tiny_zoo, tmp_path / "r", BEHAVIOR, SIZE)
-    refined(representation, held_out.rows([0]), {"digits": load_task("digits")}, RefineConfig(projection=10))
     told = capsys.readouterr().err
-    assert all(text in told for text in ("no details", "does not know what errors cost", "no projection"))
+    assert all(text in told for text in ("no details", "does not know what errors cost"))
 
 
 def test_a_sketch_leaves_something_for_details() -> None:
@@ -246,4 +299,4 @@ def test_written_embeddings_are_the_latent_values(
     written = load_file(tmp_path / "z" / "embeddings.safetensors")
     checkpoints = tiny_zoo.select(split="test")
     again = representation.unpacked(written, checkpoints.frame, checkpoints.architecture)
-    assert torch.equal(again.z, representation.embed(checkpoints).z)
+    torch.testing.assert_close(again.z, representation.embed(checkpoints).z, rtol=1e-2, atol=3e-3)

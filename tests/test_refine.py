@@ -19,7 +19,7 @@ from weightspace.experiment import embed_stage
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.directions import covariance, principal_directions
 from weightspace.hyperrep.pretrain import pretrain
-from weightspace.hyperrep.refine import projected, refined, refining_queries
+from weightspace.hyperrep.refine import refined, refining_queries
 from weightspace.hyperrep.representation import HyperRepresentation
 from weightspace.hyperrep.sensitivity import RIDGE, sensitivities
 from weightspace.networks import behavior
@@ -67,27 +67,27 @@ def behavioral_error(representation: HyperRepresentation, checkpoints: Checkpoin
     return kl.sum(-1).mean(1)
 
 
-def test_each_move_brings_the_behavior_closer(representation: HyperRepresentation, held_out: Checkpoints) -> None:
+def test_steps_bring_the_behavior_closer(representation: HyperRepresentation, held_out: Checkpoints) -> None:
     plain = refined(representation, held_out, TASKS, RefineConfig()).z
     assert torch.equal(plain, representation.embed(held_out).z)
-    moved = refined(representation, held_out, TASKS, RefineConfig(projection=512)).z
-    descended = refined(representation, held_out, TASKS, RefineConfig(projection=512, steps=30)).z
-    errors = [behavioral_error(representation, held_out, z).mean() for z in (plain, moved, descended)]
-    assert errors[1] < 0.97 * errors[0]
-    assert errors[2] < 0.9 * errors[1]
+    descended = refined(representation, held_out, TASKS, RefineConfig(steps=30)).z
+    errors = [behavioral_error(representation, held_out, z).mean() for z in (plain, descended)]
+    assert errors[1] < 0.87 * errors[0]
 
 
-def test_each_move_of_details_brings_the_behavior_closer(detailed: HyperRepresentation, held_out: Checkpoints) -> None:
-    """The projection of networks whose initialization was seen; the linear rule is refused where the start is far."""
-    configs = (RefineConfig(), RefineConfig(projection=512), RefineConfig(projection=512, steps=30))
-    errors = [behavioral_error(detailed, held_out, refined(detailed, held_out, TASKS, each).z) for each in configs]
+def test_steps_on_details_bring_the_behavior_closer(detailed: HyperRepresentation, held_out: Checkpoints) -> None:
+    """Of networks whose initialization was seen, and of others, where the first lot has to move; the sketch stays."""
+    configs = (RefineConfig(), RefineConfig(steps=30, learning_rate=0.1))
+    z = [refined(detailed, held_out, TASKS, config).z for config in configs]
+    errors = [behavioral_error(detailed, held_out, each) for each in z]
     seen = torch.tensor((held_out.frame["split"] != "unseen").to_numpy())
-    assert errors[1][seen].mean() < 0.97 * errors[0][seen].mean()
-    assert errors[2].mean() < 0.9 * errors[1].mean()
+    assert errors[1][seen].mean() < 0.87 * errors[0][seen].mean()
+    assert errors[1][~seen].mean() < 0.9 * errors[0][~seen].mean()
+    assert torch.equal(z[0][..., :4], z[1][..., :4])
 
 
 def test_a_network_is_refined_on_its_own(representation: HyperRepresentation, held_out: Checkpoints) -> None:
-    config = RefineConfig(projection=64, steps=5, queries=16)
+    config = RefineConfig(steps=5, queries=16)
     together = refined(representation, held_out, TASKS, config).z
     alone = refined(representation, held_out.rows([1]), TASKS, config).z
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
@@ -103,7 +103,7 @@ def test_structure_alone_is_refined_without_running_networks(
     start = structure.embed(held_out).z
     for name in ("logits", "outputs", "gradients"):
         monkeypatch.setattr(behavior, name, None)
-    z = refined(structure, held_out, TASKS, RefineConfig(projection=100, steps=40)).z
+    z = refined(structure, held_out, TASKS, RefineConfig(steps=40)).z
     before, after = (losses.structural(structure.autoencoder.decode(some), x, mask) for some in (start, z))
     assert after < before
 
@@ -130,33 +130,6 @@ def test_sensitivity_is_the_gauss_newton_matrix_of_kl(
         logits = behavior.outputs(other, images).logits
         kl = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
         assert float(kl) == pytest.approx(1e-3, rel=0.35)
-
-
-def test_projection_is_the_least_error_in_that_metric(
-    representation: HyperRepresentation, detailed: HyperRepresentation, held_out: Checkpoints
-) -> None:
-    """Any other coordinates of a token cost more, of all latent values or of the details alone."""
-    some, config = held_out.rows([0, 1]), RefineConfig(projection=len(DIGITS.train.images))
-    logits = behavior.outputs(some, DIGITS.train.images).logits
-    for each in (representation, detailed):
-        start = each.embed(some).z
-        decoding = each.decoding(start)
-        z = projected(each, decoding, some, start, logits, DIGITS.train.images, config, 0)
-        basis, x = decoding.directions(slice(None)), each.tokens(some.weights)
-        assert basis is not None
-        metric = sensitivities(each.tokenizer, each.normalizer, some, DIGITS.train.images, False, seed=1)
-        lacking = (x - decoding(start)) * each.autoencoder.mask
-
-        def cost(change: Tensor, basis: Tensor = basis, lacking: Tensor = lacking, metric: Tensor = metric) -> Tensor:
-            left = lacking - torch.einsum("ntr,ntrd->ntd", change, basis)
-            return torch.einsum("ntd,ntde,nte->n", left, metric, left)
-
-        change = (z - start)[..., -basis.shape[2] :]
-        assert torch.equal(z[..., : -basis.shape[2]], start[..., : -basis.shape[2]])  # sketches stay
-        assert (cost(change) < 0.99 * cost(torch.zeros_like(change))).all()
-        for seed in range(5):
-            other = torch.randn(change.shape, generator=seeded(seed)) * (basis.square().sum(-1) > 0)
-            assert (cost(change) < cost(change + 0.05 * other)).all()
 
 
 @torch.no_grad()
@@ -214,16 +187,16 @@ def test_taught_networks_behave_like_their_teachers(representation: HyperReprese
 
 
 def test_progress_counts_every_checkpoint_once(representation: HyperRepresentation, held_out: Checkpoints) -> None:
-    for config in (RefineConfig(), RefineConfig(projection=16), RefineConfig(steps=1, queries=4)):
+    for config in (RefineConfig(), RefineConfig(steps=1, queries=4)):
         counted: list[int] = []
         refined(representation, held_out, TASKS, config, advance=counted.append)
         assert sum(counted) == len(held_out)
 
 
-def test_embeddings_may_be_projected_without_descent(
+def test_refined_embeddings_are_written(
     representation: HyperRepresentation, tiny_zoo: ModelZoo, tmp_path: Path
 ) -> None:
-    config = RefineConfig(projection=64)
+    config = RefineConfig(steps=2)
     embed_stage(tmp_path / "z", tiny_zoo, representation, "test", config, 0, torch.device("cpu"))
     z = load_file(tmp_path / "z" / "embeddings.safetensors")["z"]
     assert torch.equal(z, refined(representation, tiny_zoo.select(split="test"), TASKS, config).z)

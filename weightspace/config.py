@@ -114,6 +114,11 @@ class AutoencoderConfig:
     sketch: int = 0
     """of these, how many make a sketch of the checkpoint, which chooses the directions along which the others lie, its
     details (docs/method.md; 0: no details); needs a behavioral loss and components"""
+    lots: Literal[1, 2] = 1
+    """in how many lots details are chosen: of two, the first quarter makes a better sketch, which chooses the others;
+    embedding and decoding take twice as long"""
+    queries: int = 128
+    """inputs on which a sketch shows which of its weights matter; the representation keeps them"""
     head: int = 30
     """width of the projection head of the contrastive loss"""
     token_size: int | None = None
@@ -216,7 +221,7 @@ POSITIVE = (
 """Fields that have to be above zero, but for those that are zero by default."""
 NOT_NEGATIVE = (
     "components", "condition", "halo", "hold_out_seeds", "norm_penalty", "variance_penalty", "noise",
-    "projection", "scaling", "sketch",
+    "scaling", "sketch",
 )  # fmt: skip
 """Fields that may be zero but not less."""
 SHARES = (
@@ -299,12 +304,10 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Refinement of embeddings against the losses of the representation: a projection, then gradient steps."""
+    """Refinement of embeddings: gradient steps against the losses of the representation."""
 
-    projection: int = 0
-    """queries on which every embedding is projected to the least error in its network's own outputs (0: it is not)"""
     steps: int = 0
-    """gradient steps on every embedding after that (0: none)"""
+    """gradient steps on every embedding (0: none)"""
     learning_rate: float = 0.01
     """first step size; it falls to zero along a cosine, and is up to ten times as large where the start is bad"""
     queries: int = 128
@@ -409,9 +412,7 @@ def losses(behavior: LossConfig) -> dict[str, LossConfig]:
     return {"structure": dataclasses.replace(behavior, beta=1.0), "structure+behavior": behavior}
 
 
-TAUGHT = GenerateConfig(
-    bandwidths=(0.1, 0.2), teachers=4, refine=RefineConfig(projection=2000, steps=80, learning_rate=0.03)
-)
+TAUGHT = GenerateConfig(bandwidths=(0.1, 0.2), teachers=4, refine=RefineConfig(steps=80, learning_rate=0.03))
 """Generation of networks that learn from the anchors what to do."""
 
 
@@ -428,7 +429,7 @@ def digits() -> Experiment:
         autoencoder=AutoencoderConfig(sketch=2),
         pretrain=PretrainConfig(epochs=(5, 7, 10, 12), steps=60, batch_size=64, validate_every=30),
         representations=losses(LossConfig(distance="kl")),
-        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(projection=1000, steps=200)),
+        reconstruct=ReconstructConfig(epochs=(12,), refine=RefineConfig(steps=200, learning_rate=0.1)),
         generate=TAUGHT,
     )
 
@@ -446,7 +447,7 @@ def digits_long() -> Experiment:
         autoencoder=AutoencoderConfig(sketch=2),
         pretrain=PretrainConfig(epochs=(8, 12, 16, 20), steps=150, batch_size=128, validate_every=50),
         representations=losses(LossConfig(distance="kl")),
-        reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(projection=4000, steps=300)),
+        reconstruct=ReconstructConfig(epochs=(20,), refine=RefineConfig(steps=300, learning_rate=0.1)),
         generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=120)),
     )
 
@@ -488,10 +489,10 @@ def with_refinement(experiment: Experiment) -> Experiment:
     """The same with details, refined embeddings and less training; studies compare what trained encoders give alone."""
     return dataclasses.replace(
         experiment,
-        autoencoder=dataclasses.replace(experiment.autoencoder, sketch=2),
+        autoencoder=dataclasses.replace(experiment.autoencoder, sketch=2, lots=2, queries=512),
         pretrain=dataclasses.replace(experiment.pretrain, steps=40, validate_every=20),
-        reconstruct=ReconstructConfig(epochs=(10,), refine=RefineConfig(projection=2000, steps=50)),
-        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, projection=1000, steps=60)),
+        reconstruct=ReconstructConfig(epochs=(10,)),
+        generate=dataclasses.replace(TAUGHT, refine=dataclasses.replace(TAUGHT.refine, steps=60)),
     )
 
 

@@ -171,7 +171,7 @@ def embed_stage(
     with runs.stage(folder, "embed", claim | {"refine": dataclasses.asdict(config), "seed": seed}) as todo:
         if todo:
             checkpoints = zoo.select(split=split) if split else zoo.read(zoo.frame)
-            refines = config.steps > 0 or config.projection > 0  # else neither images nor training checkpoints are read
+            refines = config.steps > 0  # else neither images nor training checkpoints are read
             training = training_checkpoints(zoo, representation.pretrain_config, "train") if refines else None
             tasks = load_tasks(zoo, device) if refines else {}
             with runs.progress("embed", len(checkpoints)) as advance:

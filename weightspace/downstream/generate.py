@@ -165,13 +165,13 @@ def networks_for(
         draws = torch.rand(len(z), len(anchors), generator=generator("teachers"))
         chosen = draws.argsort(1)[:, :few].to(of_anchors.logits.device)  # [n, few] different anchors each
         found = []
-        for start, own in zip(z.split(ROWS_AT_ONCE), chosen.split(ROWS_AT_ONCE), strict=True):
+        some = min(ROWS_AT_ONCE, representation.at_once)
+        for start, own in zip(z.split(some), chosen.split(some), strict=True):
             goal = of_anchors.logits[own].mean(1) if task.real else of_anchors.probabilities[own].mean(1).log()
-            start = start.to(representation.device)
-            decoding = representation.decoding(start)
             with torch.no_grad():
-                drawn = decoding(start)
-            moved = descend(representation, decoding, start, drawn, goal, inputs, config.refine, seed, task.real)
+                decoding = representation.decoding(start.to(representation.device))
+                drawn = decoding.tokens()
+            moved = descend(representation, decoding, drawn, goal, inputs, config.refine, seed, task.real)
             found.append(moved.cpu())
         return torch.cat(found)
 

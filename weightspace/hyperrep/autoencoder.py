@@ -104,10 +104,6 @@ class LinearMixture(nn.Module):
         """[B, T', Z] -> the tokens of some positions [B, T', D]."""
         return _mapped(z, self.codes[:, at], self.centers[:, at], self.decoder[:, at], self.spread[1])
 
-    def directions(self, z: Tensor) -> Tensor:
-        """What one unit of each latent value adds to its token where z lies: [B, T, Z] -> [B, T, Z, D]."""
-        return torch.einsum("bk,ktrd->btrd", _shares(z, self.codes, self.spread[1]), self.decoder)
-
     @torch.no_grad()
     def fit(self, x: Tensor, mask: Tensor, seed: int, metric: Tensor | None = None) -> None:
         """Start from the k-means clusters of training tokens [n, T, D] and the principal components around them.
@@ -313,7 +309,7 @@ class Autoencoder(nn.Module):
         of a shape.
         """
         super().__init__()
-        tokens, size = mask.shape
+        tokens, entries = mask.shape
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
         self.windows = windows_of(tokens, config.window, config.halo)
@@ -321,8 +317,9 @@ class Autoencoder(nn.Module):
         self.core = Core(config, [(mask, positions)]) if core is None else core
         self.mixture = None
         if config.components:
-            self.mixture = LinearMixture(config.components, tokens, size, config.sketch or config.latent)
-        self.details = Details(mask, config.details, input_shape) if config.details else None
+            self.mixture = LinearMixture(config.components, tokens, entries, config.sketch or config.latent)
+        size = config.details, config.lots, config.queries
+        self.details = Details(mask, *size, input_shape) if config.details else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] -> embedding [B, T, Z]."""
@@ -370,9 +367,9 @@ class Autoencoder(nn.Module):
             nn.init.zeros_(output.bias)
 
     @torch.no_grad()
-    def fit_details(self, x: Tensor, metric: Tensor, queries: Tensor, real: bool) -> None:
+    def fit_details(self, x: Tensor, queries: Tensor, real: bool) -> None:
         """Fit the details to what the sketches of training tokens [n, T, D] leave out; see `Details.fit`."""
         if self.details is None:
             return
         left = torch.cat([some - self.decode(self.encode(some)) for some in x.split(ROWS_AT_ONCE)])
-        self.details.fit(left, self.positions[:, 1], metric, queries, real)
+        self.details.fit(left, self.positions[:, 1], queries, real)

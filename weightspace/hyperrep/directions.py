@@ -1,4 +1,4 @@
-"""Directions in token space and coordinates along them, where errors are measured in a metric.
+"""Directions in token space that matter most where errors are measured in a metric.
 
 Legend: n checkpoints, T tokens, D token size, R directions.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-SINGLE = 1e-5
-"""Share of the mean diagonal that keeps a system solvable in single precision."""
 
 
 def covariance(rows: Tensor) -> Tensor:
@@ -69,30 +66,3 @@ def by_size(mask: Tensor) -> list[tuple[Tensor, int]]:
     """
     sizes = mask.sum(1).long()
     return [((sizes == size).nonzero()[:, 0], size) for size in sizes.unique().tolist()]
-
-
-def nearest(left: Tensor, directions: Tensor, metric: Tensor, mask: Tensor) -> Tensor:
-    """The coordinates a at which (left - a directions) is least in a metric, zero along directions that are zero.
-
-    Args:
-        left: [n, T, D].
-        directions: [n, T, R, D].
-        metric: quadratic forms [n, T, D, D].
-        mask: which entries are no padding [T, D].
-
-    Returns:
-        [n, T, R]
-    """
-    found = left.new_zeros(directions.shape[:3])
-    for tokens, size in by_size(mask):
-        rank = min(size, directions.shape[2])
-        basis, some = directions[:, tokens, :rank, :size], metric[:, tokens, :size, :size]
-        weighted = basis @ some  # [n, t, r, d]
-        used = basis.square().sum(-1) > 0  # [n, t, r]
-        inner = weighted @ basis.mT  # [n, t, r, r]
-        diagonal = inner.diagonal(dim1=-2, dim2=-1)  # a view [n, t, r]
-        level = diagonal.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
-        level = level.clamp(min=torch.finfo(level.dtype).tiny)  # of a token that moves nothing
-        diagonal += torch.where(used, SINGLE * level, level)
-        found[:, tokens, :rank] = torch.linalg.solve(inner, weighted @ left[:, tokens, :size, None])[..., 0]
-    return found

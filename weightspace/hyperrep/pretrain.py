@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check
 from weightspace.hyperrep import losses
 from weightspace.hyperrep.autoencoder import Window
-from weightspace.hyperrep.details import QUERIES
 from weightspace.hyperrep.parallel import ALONE, Processes, distributed, load_shards, save_shards, whole_state
 from weightspace.hyperrep.representation import (
     CONFIG_FILE,
@@ -371,8 +370,7 @@ def _validate(part: Part, batch_size: int) -> dict[str, float]:
             rows = len(next(iter(batch.values())))
             found = {k: float(v) for k, v in step_losses(setting, batch, queries, 1.0, generator).items()}
             x = setting.representation.tokens(batch)
-            z = setting.representation.encode(x)
-            x_hat = setting.representation.decoding(z)(z)
+            x_hat = setting.representation.encode(x).tokens()
             found["structural"] = float(losses.structural(x_hat, x, autoencoder.mask))
             predicted, original = (
                 outputs if setting.real else outputs.argmax(-1)
@@ -570,7 +568,7 @@ def untrained(
         representation = assembled(autoencoder, tokenizers, normalizers, info)
     mixes, fresh = autoencoder.components > 0, start is None or not go_on
     costs = [
-        _costs(one, zoos, frames, loss, seed) if mixes and (fresh or autoencoder.details) else None
+        _costs(one, zoos, frames, loss, autoencoder.queries, seed) if mixes and (fresh or autoencoder.details) else None
         for one in representation.siblings
     ]
     normalized = [one.normalizer.normalize(x) for one, x in zip(representation.siblings, tokens, strict=True)]
@@ -588,7 +586,7 @@ def untrained(
         representation.load_state({**representation.state(), **kept})
     for one, x, own in zip(representation.siblings, normalized, costs, strict=True):
         if own is not None:
-            one.autoencoder.fit_details(x, own.metric, own.queries, own.real)
+            one.autoencoder.fit_details(x, own.queries, own.real)
     return representation
 
 
@@ -625,9 +623,10 @@ def _costs(
     zoos: Sequence[ModelZoo],
     frames: Sequence[pd.DataFrame],
     loss: LossConfig,
+    count: int,
     seed: int,
 ) -> Costs | None:
-    """The costs for one base network; None where behavior is not compared or they would take too much memory."""
+    """The costs for one base network, and `count` queries; None without behavior or where it would take much memory."""
     tokenizer, normalizer = representation.tokenizer, representation.normalizer
     if not _compares_behavior(loss):
         return None
@@ -647,10 +646,10 @@ def _costs(
             queries = query_set(loss.query_set, task, tasks, generator, partial(invented, some))
             inputs = queries.draw(METRIC_QUERIES * len(some), generator)
             metrics.append(mean_sensitivity(tokenizer, normalizer, some, inputs, real, generator))
-            shown.append(queries.draw(QUERIES, generator).cpu())
+            shown.append(queries.draw(count, generator).cpu())
     every = torch.cat(shown)
     chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(derive_seed(seed, "details")))
-    return Costs(torch.stack(metrics).mean(0), every[chosen[:QUERIES]], real)
+    return Costs(torch.stack(metrics).mean(0), every[chosen[:count]], real)
 
 
 def _covers(start: HyperRepresentation, networks: Sequence[Architecture]) -> bool:

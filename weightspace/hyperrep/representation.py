@@ -11,9 +11,11 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 from weightspace import hub
 from weightspace.config import AutoencoderConfig, LossConfig, PretrainConfig, check, from_dict
 from weightspace.hyperrep.autoencoder import Autoencoder, Core
-from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, sensitivities
+from weightspace.hyperrep.details import Details, Span
+from weightspace.hyperrep.sensitivity import MATRICES_AT_ONCE, on_every_core, sensitivities
 from weightspace.networks.architectures import Architecture
 from weightspace.networks.behavior import input_shape_of
 from weightspace.networks.checkpoints import Checkpoints
@@ -41,6 +44,8 @@ STATE_FILE = "state.json"
 """Where an unfinished training resumes."""
 ROWS_AT_ONCE = 256
 """Checkpoints embedded or decoded in one call, so that memory stays bounded."""
+SAME = 0.01
+"""How far checksums of the same directions may differ by rounding."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +66,46 @@ Sampler = Callable[[Embeddings, int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How embeddings around some given ones are decoded: with details, the sketches stay, and which directions count.
+    """How n embeddings are decoded: what their values are, and what other values in their place would give.
 
-    As a function: embeddings [n, T, W] -> normalized tokens [n, T, D].
+    With details the values are those of the details, in their span; the sketch stays as it is. Else they are the
+    embeddings themselves.
     """
 
     autoencoder: Autoencoder
     z: Tensor
-    """[n, T, W]: the given embeddings"""
+    """[n, T, W]: the embeddings"""
     sketch: Tensor | None = None
     """[n, T, D]: with details, the tokens of their sketches"""
-    kept: Tensor | None = None
-    """[n, T, D]: with details, the directions along which they lie"""
+    span: Span | None = None
+    """with details, where they lie"""
 
-    def __call__(self, z: Tensor) -> Tensor:
-        if self.autoencoder.details is None or self.sketch is None or self.kept is None:
-            return self.autoencoder.decode(z)
-        return self.sketch + self.autoencoder.details(z[..., -self.kept.shape[2] :] * self.kept)
+    @property
+    def values(self) -> Tensor:
+        """Their values [n, T, R]."""
+        return self.z if self.span is None else self.span.values(self.z[..., -self.autoencoder.mask.shape[1] :])
 
-    def directions(self, rows: slice) -> Tensor | None:
-        """What one unit of each of the last R coordinates adds to its token: [n, T, R, D]; None if it is not linear."""
-        if self.autoencoder.details is not None and self.kept is not None:
-            return self.autoencoder.details.directions(self.kept[rows])
-        return None if self.autoencoder.mixture is None else self.autoencoder.mixture.directions(self.z[rows])
+    @property
+    def lots(self) -> int:
+        """In how many lots the values come; each says where the next one lies."""
+        return 1 if self.span is None else len(self.span.lots)
+
+    def free(self, settled: int) -> Tensor:
+        """Which values may move when those of the first lots are settled: [n, T, R]."""
+        return torch.ones_like(self.z) if self.span is None else self.span.lot > settled
+
+    def tokens(self, values: Tensor | None = None) -> Tensor:
+        """Normalized tokens [n, T, D] of other values [n, T, R], or of their own."""
+        values = self.values if values is None else values
+        if self.span is None or self.sketch is None:
+            return self.autoencoder.decode(values)
+        return self.sketch + self.span.details.tokens(self.span.told(values))
+
+    def embeddings(self, values: Tensor) -> Tensor:
+        """The embeddings [n, T, W] that have other values [n, T, R]."""
+        if self.span is None:
+            return values
+        return torch.cat([self.z[..., : -self.autoencoder.mask.shape[1]], self.span.told(values)], 2)
 
 
 class HyperRepresentation:
@@ -197,48 +219,61 @@ class HyperRepresentation:
         """
         self = self.on(checkpoints.architecture)
         parts = []
-        for start in range(0, len(checkpoints), ROWS_AT_ONCE):
-            chunk = {k: w[start : start + ROWS_AT_ONCE].to(self.device) for k, w in checkpoints.weights.items()}
-            parts.append(self.encode(self.tokens(chunk)).cpu())
+        for start in range(0, len(checkpoints), self.at_once):
+            chunk = {k: w[start : start + self.at_once].to(self.device) for k, w in checkpoints.weights.items()}
+            parts.append(self.encode(self.tokens(chunk)).z.cpu())
         return Embeddings(torch.cat(parts), checkpoints.frame, self.architecture)
 
     @torch.no_grad()
     def decode(self, embeddings: Embeddings) -> Checkpoints:
         """Checkpoints from embeddings, in bounded memory."""
         self = self.on(embeddings.architecture)
-        each = (z.to(self.device) for z in embeddings.z.split(ROWS_AT_ONCE))
-        parts = [self.weights(self.decoding(z)(z)) for z in each]
+        parts = [self.weights(self.decoding(z.to(self.device)).tokens()) for z in embeddings.z.split(self.at_once)]
         weights = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         return Checkpoints(self.architecture, weights, embeddings.frame)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Normalized tokens [n, T, D], on its device -> embeddings [n, T, W]."""
+    def encode(self, x: Tensor) -> Decoding:
+        """Normalized tokens [n, T, D], on its device -> their embeddings, and how these are decoded."""
         z, details = self.autoencoder.encode(x), self.autoencoder.details
         if details is None:
-            return z
-        coordinates = []
-        for some, tokens in zip(self.autoencoder.decode(z).split(self._matrices), x.split(self._matrices), strict=True):
-            matrices = self._seen(some)
-            coordinates.append(details.code(tokens - some, matrices, details.kept(matrices)))
-        return torch.cat([z, torch.cat(coordinates)], 2)
+            return Decoding(self.autoencoder, z)
+        sketch = self.autoencoder.decode(z)
+        left = details.along_axes(x - sketch)
+        span = self._span(sketch, left)
+        return Decoding(self.autoencoder, torch.cat([z, span.told(span.values(left))], 2), sketch, span)
 
     @torch.no_grad()
     def decoding(self, z: Tensor) -> Decoding:
-        """How embeddings around z [n, T, W], on the representation's device, are decoded."""
-        details = self.autoencoder.details
-        if details is None:
+        """How embeddings [n, T, W], on the representation's device, are decoded."""
+        if self.autoencoder.details is None:
             return Decoding(self.autoencoder, z)
-        sketch = self.autoencoder.decode(z[..., : -self.tokenizer.token_size])
-        kept = torch.cat([details.kept(self._seen(some)) for some in sketch.split(self._matrices)])
-        return Decoding(self.autoencoder, z, sketch, kept)
+        z, left = z.tensor_split([-self.tokenizer.token_size], 2)
+        sketch = self.autoencoder.decode(z)
+        span = self._span(sketch, left)
+        return Decoding(self.autoencoder, torch.cat([z, left], 2), sketch, span)
 
-    def _seen(self, sketch: Tensor) -> Tensor:
-        """The Gauss-Newton matrices of sketches [n, T, D] on the queries of the details: [n, T, D, D]."""
-        details = self.autoencoder.details
-        assert details is not None
-        networks = Checkpoints(self.architecture, self.weights(sketch), pd.DataFrame(index=range(len(sketch))))
-        return sensitivities(self.tokenizer, self.normalizer, networks, details.queries, bool(details.real), seed=0)
+    def _span(self, sketch: Tensor, left: Tensor) -> Span:
+        """Where the details of sketches [n, T, D] lie.
+
+        Every lot knows what the lots before tell of `left`: along the axes [n, T, D], all that sketches leave out or
+        no more of it than details tell.
+        """
+        details, span = self._details, None
+        for count in details.lots:
+            known = sketch if span is None else sketch + details.tokens(span.told(span.values(left)))
+            networks = Checkpoints(self.architecture, self.weights(known), pd.DataFrame(index=range(len(known))))
+            grown = partial(self._grown, details, networks, span, count)
+            span = Span.joined(on_every_core(grown, len(sketch), self._matrices, self.device))
+        assert span is not None
+        return span
+
+    @torch.no_grad()
+    def _grown(self, details: Details, networks: Checkpoints, span: Span | None, count: int, part: slice) -> Span:
+        """A span, if there is one, and the `count` directions beside it that matter most to some of the networks."""
+        some, real = networks.rows(np.arange(len(networks))[part]), bool(details.real)
+        matrices = sensitivities(self.tokenizer, self.normalizer, some, details.queries, real, seed=0)
+        return details.span(matrices, count, span and span.of(part))
 
     @property
     def _matrices(self) -> int:
@@ -246,20 +281,27 @@ class HyperRepresentation:
         tokens, size = self.tokenizer.mask.shape
         return max(MATRICES_AT_ONCE // (tokens * size**2), 1)
 
+    @property
+    def at_once(self) -> int:
+        """Checkpoints that are decoded together, so that memory stays bounded."""
+        return ROWS_AT_ONCE if self.autoencoder.details is None else min(ROWS_AT_ONCE, 8 * self._matrices)
+
     def packed(self, embeddings: Embeddings) -> dict[str, Tensor]:
         """The latent values of embeddings alone, all that decoding needs: {"z": [n, T, Z]}.
 
         With details: {"sketch": [n, T, Z - details], "details": [n, T x details], "directions": [n]}. The details stand
-        token by token, along directions that each checkpoint's sketch has chosen: they are no features. The last is a
-        checksum of that choice.
+        lot by lot and token by token, along directions that each checkpoint's sketch has chosen: they are no features.
+        The last tells these directions from others.
         """
         self = self.on(embeddings.architecture)
         if self.autoencoder.details is None:
             return {"z": embeddings.z}
-        sketch, coordinates = embeddings.z.tensor_split([-self.tokenizer.token_size], 2)
-        kept = self._kept(embeddings.z)
-        details = coordinates[kept].unflatten(0, (len(sketch), -1))
-        return {"sketch": sketch, "details": details, "directions": _checksum(kept)}
+        found = []
+        for z in embeddings.z.split(self.at_once):
+            sketch, left = z.to(self.device).tensor_split([-self.tokenizer.token_size], 2)
+            _, told, checksum = self._lot_by_lot(sketch, partial(_values_of, left))
+            found.append((sketch.cpu(), torch.cat(told, 1).cpu(), checksum.cpu()))
+        return dict(zip(("sketch", "details", "directions"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
     def unpacked(self, values: Mapping[str, Tensor], frame: pd.DataFrame, architecture: Architecture) -> Embeddings:
         """The embeddings of some checkpoints of which these are the latent values; the inverse of `packed`.
@@ -268,28 +310,56 @@ class HyperRepresentation:
             UserError: they are of another representation, or were packed where the arithmetic differs.
         """
         self = self.on(architecture)
-        details, size = self.autoencoder.details, self.tokenizer.token_size
         try:
-            if details is None:
+            if self.autoencoder.details is None:
                 return Embeddings(values["z"], frame, architecture)
-            sketch = values["sketch"]
-            z = torch.cat([sketch, sketch.new_zeros(len(sketch), self.tokenizer.count, size)], 2)
-            kept = self._kept(z)
-            same = torch.equal(_checksum(kept), values["directions"])
-            z[..., -size:][kept] = values["details"].flatten()
+            parts = [values[name].split(self.at_once) for name in ("sketch", "details", "directions")]
+            z = torch.cat([self._unpacked(*part) for part in zip(*parts, strict=True)])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"these are not the latent values of this representation: {error}") from None
-        if not same:
+        return Embeddings(z, frame, architecture)
+
+    def _unpacked(self, sketch: Tensor, details: Tensor, checksum: Tensor) -> Tensor:
+        """The embeddings [n, T, W] of which `packed` gave these."""
+        lots = iter(details.to(self.device).split(self._details.lots, 1))
+        z, _, here = self._lot_by_lot(sketch.to(self.device), lambda span, lot: next(lots))
+        if not torch.allclose(here.cpu(), checksum, rtol=0, atol=SAME):
             raise UserError(
                 "the sketches choose other directions here than where they were packed (another representation, or a "
                 "machine whose arithmetic differs); embed the checkpoints again on this machine"
             )
-        return Embeddings(z, frame, architecture)
+        return z.cpu()
 
-    def _kept(self, z: Tensor) -> Tensor:
-        """Along which directions the details of embeddings [n, T, W] lie, on the CPU: [n, T, D]."""
-        parts = [self.decoding(some.to(self.device)).kept for some in z.split(ROWS_AT_ONCE)]
-        return torch.cat([part.cpu() for part in parts if part is not None])
+    def _lot_by_lot(
+        self, sketch: Tensor, told: Callable[[Span, Tensor], Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Embeddings [n, T, W] from the latent values of sketches, and one lot of details after another.
+
+        Args:
+            sketch: [n, T, Z - details].
+            told: (the span so far, which of its values are the next lot [n, T, R]) -> these values [n, ...].
+
+        Returns:
+            The embeddings, what was told, and the checksums of the directions.
+        """
+        decoding = self.decoding(torch.cat([sketch, sketch.new_zeros(*sketch.shape[:2], self.tokenizer.token_size)], 2))
+        every, span = [], decoding.span
+        for number in range(len(self._details.lots)):
+            decoding = self.decoding(decoding.z) if number else decoding
+            assert decoding.span is not None
+            span = decoding.span
+            every.append(told(span, span.lots[number]))
+            values = torch.zeros_like(decoding.values)
+            for lot, own in zip(span.lots, every, strict=False):
+                values[lot] = own.flatten()
+            decoding = dataclasses.replace(decoding, z=decoding.embeddings(values))
+        assert span is not None
+        return decoding.z, every, span.checksum()
+
+    @property
+    def _details(self) -> Details:
+        assert self.autoencoder.details is not None
+        return self.autoencoder.details
 
     def reconstruct(self, checkpoints: Checkpoints) -> Checkpoints:
         """Checkpoint -> embedding -> checkpoint."""
@@ -399,10 +469,9 @@ class HyperRepresentation:
         return from_dict(LossConfig, self.info["loss"])
 
 
-def _checksum(kept: Tensor) -> Tensor:
-    """A number for each choice of directions [n, T, D]: [n]."""
-    places = torch.arange(1, kept[0].numel() + 1)
-    return (kept.flatten(1) * places * (places + 7)).sum(1)
+def _values_of(left: Tensor, span: Span, lot: Tensor) -> Tensor:
+    """The values of one lot of what is left out, given along the axes [n, T, D]: [n, ...]."""
+    return span.values(left)[lot].unflatten(0, (len(left), -1))
 
 
 def _read(path: Path, written: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -5,6 +5,10 @@ Legend: n checkpoints, T tokens, D token size, Q queries, P weights of one netwo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,8 @@ from weightspace.networks import behavior
 from weightspace.networks.checkpoints import Checkpoints
 from weightspace.tokens.normalize import Normalizer
 from weightspace.tokens.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
 
 GRADIENTS_AT_ONCE = 2**25
 """Numbers in the gradients of one vectorized call, so that memory stays bounded."""
@@ -32,6 +38,31 @@ def affordable(tokenizer: Tokenizer) -> bool:
     tokens, size = tokenizer.mask.shape
     fits = tokens * size**2 <= MATRICES_AT_ONCE and tokenizer.architecture.parameter_count <= GRADIENTS_AT_ONCE
     return fits and behavior.vectorized(tokenizer.architecture)
+
+
+def on_every_core(work: Callable[[slice], Result], count: int, at_once: int, device: torch.device) -> list[Result]:
+    """The results of some work on consecutive parts of `count` checkpoints.
+
+    On a CPU every thread that torch may use works on a part of its own: the products of small tokens are not worth to
+    be divided, and the decomposition of a matrix is not at all.
+
+    Args:
+        work: what to do with a part.
+        count: how many checkpoints.
+        at_once: the most that are worked on at any time.
+        device: where the work is done.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = max(min(at_once // threads, -(-count // threads)), 1)
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    if threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    torch.set_num_threads(1)  # of every new thread
+    try:
+        with behavior.plain_attention(), ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def sensitivities(

@@ -155,7 +155,7 @@ def logits(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, group
     )
     chunks = zip(*(weight.split(group) for weight in weights.values()), strict=True)
     each = [inputs] * math.ceil(count / group) if shared else inputs.split(group)
-    with _plain_attention():
+    with plain_attention():
         parts = [run(dict(zip(weights, w, strict=True)), x) for w, x in zip(chunks, each, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -189,13 +189,16 @@ def gradients(
         classes = functional_call(network, weights, (inputs[:1],)).shape[-1]
     draw = torch.randn if real else torch.rand
     draws = draw(len(inputs), classes, generator=generator).to(inputs.device)
-    with _plain_attention():
+    with plain_attention():
         return vmap(grad(moved), (None, 0, 0), randomness="different")(weights, inputs, draws)
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as plain products: torch's fused kernels cannot be vectorized over checkpoints."""
+def plain_attention() -> Iterator[None]:
+    """Attention as plain products: torch's fused kernels cannot be vectorized over checkpoints.
+
+    The switch is one for the whole process: around several threads it has to be set before they start.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -238,7 +241,7 @@ def activations(
     if not together:
         each = [run(dict(zip(weights, row, strict=True))) for row in zip(*weights.values(), strict=True)]
         return {name: torch.stack([one[name] for one in each]) for name in each[0]}
-    with _plain_attention():
+    with plain_attention():
         return vmap(run, randomness="different")(weights)
 
 

@@ -118,7 +118,7 @@ def _records(path: Path) -> tuple[np.ndarray[Any, Any], dict[str, slice]]:
             content = np.fromfile(file, np.uint8)
         records = {}
         for entry in entries:
-            start = entry.header_offset + HEADER.size + sum(HEADER.unpack_from(content, entry.header_offset))
+            start = entry.header_offset + HEADER.size + sum(HEADER.unpack_from(content.data, entry.header_offset))
             records[entry.filename] = slice(start, start + entry.file_size)
     except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError):
         return np.empty(0, np.uint8), {}
@@ -150,7 +150,7 @@ def _places(program: bytes, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Pl
         for name, tensor in unwrapped(saved).items():
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
             record, size = sizes[int.from_bytes(storage[:8].tolist(), "little") - 1]
-            start = tensor.storage_offset() * tensor.element_size()
+            start = int(tensor.storage_offset()) * tensor.element_size()
             place = _Place(record, start, tensor.dtype, tensor.shape)
             inside = len(storage) == size and 0 < place.bytes <= size - start
             if not inside or not tensor.is_contiguous() or tensor.is_neg():
