@@ -309,7 +309,8 @@ class RefineConfig:
     steps: int = 0
     """gradient steps on every embedding (0: none)"""
     learning_rate: float = 0.01
-    """first step size; it falls to zero along a cosine, and is up to ten times as large where the start is bad"""
+    """first step size, of details in units of what sketches leave out; it falls to zero along a cosine, and is up to ten
+    times as large where the start is bad"""
     queries: int = 128
     """queries per step"""
     query_set: str = "own+mixed"
