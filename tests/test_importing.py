@@ -571,6 +571,28 @@ def test_every_file_of_torch_is_read_as_torch_reads_it(tmp_path: Path, kind: str
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
+def test_odd_files_of_torch_are_no_others(tmp_path: Path) -> None:
+    """What differs from what torch.save writes is read, or refused, as torch does it."""
+    path, state = tmp_path / "net.pt", {"a": torch.arange(6.0), "b": -torch.arange(6.0)}
+    torch.save(state, path)
+    whole = path.read_bytes()
+    assert untrusted._read_alike(path) is not None
+    with zipfile.ZipFile(path) as archive:
+        program = archive.read("net/data.pkl")
+    with zipfile.ZipFile(path, "w") as packed:  # the keys of the records changed places, the checksum did not
+        packed.writestr("net/data.pkl", program)
+        packed.writestr("net/data/0", state["a"].numpy().tobytes())
+        packed.writestr("net/data/1", state["b"].numpy().tobytes())
+    flipped = path.read_bytes().replace(b"\x01\x00\x00\x000q", b"\x01\x00\x00\x001q", 1)
+    assert flipped != path.read_bytes()
+    for content in (flipped, b"front" + whole, whole[:-30], whole.replace(b"net/byteorder", b"net/ByteOrder")):
+        path.write_bytes(content)
+        assert untrusted._read_alike(path) is None
+    path.write_bytes(pickle.dumps(bytearray(8)) + whole[-22:])  # an old file with the end of an archive behind it
+    with pytest.raises(untrusted.Unreadable, match=r"builtins\.bytearray"):
+        untrusted.read_state(path)
+
+
 def test_one_pickle_of_many_checkpoints_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(untrusted.torch, "load", lambda *_, load=torch.load, **how: ran.append(1) or load(*_, **how))

@@ -309,8 +309,8 @@ class RefineConfig:
     steps: int = 0
     """gradient steps on every embedding (0: none)"""
     learning_rate: float = 0.01
-    """first step size, of details in units of what sketches leave out; it falls to zero along a cosine, and is up to ten
-    times as large where the start is bad"""
+    """first step size, of details in units of what sketches leave out; it falls to zero along a cosine, and is up to
+    ten times as large where the start is bad"""
     queries: int = 128
     """queries per step"""
     query_set: str = "own+mixed"
@@ -478,16 +478,16 @@ def smoke() -> Experiment:
 
 def street() -> Experiment:
     """150 published networks (CNN3) on rendered house numbers, a stand-in for SVHN."""
-    return with_refinement(small("street"))
+    return with_details(small("street"))
 
 
 def patches() -> Experiment:
     """150 published networks (CNN3) on photographs, a stand-in for EuroSAT."""
-    return with_refinement(small("patches"))
+    return with_details(small("patches"))
 
 
-def with_refinement(experiment: Experiment) -> Experiment:
-    """The same with details, refined embeddings and less training; studies compare what trained encoders give alone."""
+def with_details(experiment: Experiment) -> Experiment:
+    """The same with details, taught networks and less training; studies compare what trained encoders give alone."""
     return dataclasses.replace(
         experiment,
         autoencoder=dataclasses.replace(experiment.autoencoder, sketch=2, lots=2, queries=512),

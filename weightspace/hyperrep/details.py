@@ -23,6 +23,8 @@ from weightspace.hyperrep.directions import by_size, covariance, isotropic
 
 LOTS = {1: (1.0,), 2: (0.25, 0.75)}
 """Shares of the values: those whose directions the sketch chooses, and those for which it knows the former."""
+SMALLEST = 1e-6
+"""Deviation of what is never left out."""
 OWN, ALIKE = 0.9, 0.02
 """Of the spread expected of a token: the share seen at its own position, not at all of its layer; and how much is added
 that is alike along all directions, relative to it."""
@@ -50,7 +52,8 @@ class Details(nn.Module):
         """Build it for tokens with a mask [T, D] of networks that take inputs of a shape."""
         super().__init__()
         tokens, size = mask.shape
-        ends = [round(share * per_token * tokens) for share in accumulate(LOTS[lots])]
+        total = min(per_token * tokens, int(mask.sum()))
+        ends = [max(round(share * total), 1) for share in accumulate(LOTS[lots if total > 1 else 1])]
         self.lots = [end - start for start, end in pairwise([0, *ends])]
         """how many values of a checkpoint each lot has"""
         self.register_buffer("mask", mask, persistent=False)
@@ -78,7 +81,7 @@ class Details(nn.Module):
         for tokens, size in by_size(self.mask):
             variance, axes = torch.linalg.eigh(expected[tokens, :size, :size])
             self.axes[tokens, :size, :size] = axes.flip(-1).to(self.axes)
-            self.deviation[tokens, :size] = variance.flip(-1).clamp(min=0).sqrt().to(self.deviation)
+            self.deviation[tokens, :size] = variance.flip(-1).clamp(min=SMALLEST**2).sqrt().to(self.deviation)
         self.queries.copy_(queries)
         self.real.fill_(real)
 
@@ -106,15 +109,17 @@ class Details(nn.Module):
         for number, (tokens, size) in enumerate(by_size(self.mask)):
             scaled = self.axes[tokens, :size, :size] * self.deviation[tokens, None, :size]
             cost = scaled.mT @ matrices[:, tokens, :size, :size] @ scaled
+            broken = ~cost.isfinite().flatten(2).all(2)  # of a network that is
+            cost = torch.where(broken[..., None, None], torch.eye(size, device=cost.device), cost)
             if known is not None:
                 taken = known.groups[number].rows.mT @ known.groups[number].rows
                 left, level = torch.eye(size, device=cost.device) - taken, cost.diagonal(dim1=-2, dim2=-1).mean(-1)
-                cost = left @ cost @ left - level[..., None, None] * taken  # taken directions come last
+                level = torch.where(level > 0, level, 1)[..., None, None]
+                cost = left @ cost @ left - level * taken  # taken directions come last
             costs, vectors = torch.linalg.eigh(cost)
             worth[:, tokens, :size] = costs.flip(-1)
             found.append((tokens, vectors.flip(-1).mT))  # [n, t, d, d], a direction in each row
-        there = int(self.mask.sum()) - (0 if known is None else int((known.lot[0] > 0).sum()))
-        chosen = worth.flatten(1).topk(min(count, there)).indices
+        chosen = worth.flatten(1).topk(count).indices
         kept = torch.zeros_like(worth, dtype=torch.bool).flatten(1).scatter(1, chosen, True).view_as(worth)
         lot = torch.where(kept, 1 if known is None else int(known.lot.max()) + 1, 0)
         return Span(self, [Group.of(tokens, rows, lot[:, tokens]) for tokens, rows in found]).beside(known)
@@ -212,6 +217,5 @@ class Span:
         return total
 
     def _deviation(self, group: Group) -> Tensor:
-        """[t, d]; not zero where nothing is ever left out."""
-        found = self.details.deviation[group.tokens, : group.rows.shape[3]]
-        return found.clamp(min=torch.finfo(found.dtype).tiny)
+        """[t, d]"""
+        return self.details.deviation[group.tokens, : group.rows.shape[3]]

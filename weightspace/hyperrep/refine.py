@@ -152,7 +152,7 @@ def descend(
             reach = torch.ones(len(z), 1, 1, device=z.device)
             if goal is not None:
                 error = behavioral(decoding.tokens(values), goal, -1)
-                reach = error.clamp(1, FARTHEST**2).sqrt()[:, None, None]
+                reach = error.nan_to_num(FARTHEST**2).clamp(1, FARTHEST**2).sqrt()[:, None, None]
         moved = torch.zeros_like(values, requires_grad=True)
         optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS, ROUNDING)
         steps = range(config.steps * number // start.lots, config.steps * (number + 1) // start.lots)

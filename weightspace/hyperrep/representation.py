@@ -315,7 +315,7 @@ class HyperRepresentation:
                 return Embeddings(values["z"], frame, architecture)
             parts = [values[name].split(self.at_once) for name in ("sketch", "details", "directions")]
             z = torch.cat([self._unpacked(*part) for part in zip(*parts, strict=True)])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"these are not the latent values of this representation: {error}") from None
         return Embeddings(z, frame, architecture)
 

@@ -52,7 +52,8 @@ def on_every_core(work: Callable[[slice], Result], count: int, at_once: int, dev
         at_once: the most that are worked on at any time.
         device: where the work is done.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    before = torch.get_num_threads()
+    threads = max(min(before, at_once), 1) if device.type == "cpu" else 1
     size = max(min(at_once // threads, -(-count // threads)), 1)
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     if threads == 1 or len(parts) == 1:
@@ -62,7 +63,7 @@ def on_every_core(work: Callable[[slice], Result], count: int, at_once: int, dev
         with behavior.plain_attention(), ThreadPoolExecutor(threads) as pool:
             return list(pool.map(work, parts))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def sensitivities(

@@ -19,6 +19,7 @@ import stat
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,10 +59,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return unwrapped(read_saved(path)) if state is None else state
 
 
-HEADER = struct.Struct("<26xHH")
-"""Head of a record in a zip archive, before its name and more; it ends with the lengths of these two."""
+HEADER = struct.Struct("<4s22xHH")
+"""Head of a record in a zip archive, before its name and more: its mark, ..., the lengths of these two."""
+MARK = b"PK\3\4"
+"""How a record begins, and so a zip archive."""
+LARGEST_ALIKE = 64 * 2**20
+"""Bytes of the largest file that is read by what was learned from another."""
 LARGEST_PROGRAM = 2**20
-"""Bytes of the largest pickle that is remembered."""
+"""Bytes of the largest pickle, and of the longest list of records, that are remembered."""
+PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+"""What a pickle may call if it is remembered: nothing that makes a tensor of anything but a record."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,8 @@ def _read_alike(path: Path) -> dict[str, Tensor] | None:
         None where it is not so simple; `read_saved` then reads the file, or says what is wrong with it.
     """
     content, records = _records(path)
-    root = next(iter(records), "").split("/")[0]
-    program, order = (content[records.get(f"{root}/{name}", slice(0))].tobytes() for name in ("data.pkl", "byteorder"))
-    data = {name.removeprefix(f"{root}/data/"): at for name, at in records.items() if name.startswith(f"{root}/data/")}
+    program, order = (content[records.get(name, slice(0))].tobytes() for name in ("data.pkl", "byteorder"))
+    data = {name.removeprefix("data/"): at for name, at in records.items() if name.startswith("data/")}
     sizes = tuple((name, at.stop - at.start) for name, at in data.items())
     if not 0 < len(program) <= LARGEST_PROGRAM or b"bytearray" in program or order not in (b"", b"little"):
         return None
@@ -109,22 +115,32 @@ def _read_alike(path: Path) -> dict[str, Tensor] | None:
 
 
 def _records(path: Path) -> tuple[np.ndarray[Any, Any], dict[str, slice]]:
-    """The bytes of a zip archive and where its records lie in them; nothing where one is packed or there twice."""
-    _size(path, LARGEST_FILE)
+    """The bytes of a file of torch.save and where its records lie in them, by their names in the folder that it holds.
+
+    Nothing where it is large or is not just what torch.save writes.
+    """
+    nothing: tuple[np.ndarray[Any, Any], dict[str, slice]] = np.empty(0, np.uint8), {}
+    if _size(path, LARGEST_FILE) > LARGEST_ALIKE:
+        return nothing
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             file.seek(0)
             content = np.fromfile(file, np.uint8)
-        records = {}
+        root, records = entries[0].filename.split("/")[0] + "/", {}
         for entry in entries:
-            start = entry.header_offset + HEADER.size + sum(HEADER.unpack_from(content.data, entry.header_offset))
-            records[entry.filename] = slice(start, start + entry.file_size)
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError, NotImplementedError):
-        return np.empty(0, np.uint8), {}
-    plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries) and len(records) == len(entries)
-    inside = all(at.stop <= len(content) for at in records.values())
-    return content, records if plain and inside else {}
+            mark, *lengths = HEADER.unpack_from(content.data, max(entry.header_offset, 0))
+            start = max(entry.header_offset, 0) + HEADER.size + sum(lengths)
+            at, name = slice(start, start + entry.file_size), entry.filename.removeprefix(root)
+            plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1 and mark == MARK
+            if not plain or at.stop > len(content) or name != name.lower() or name in records:
+                return nothing  # torch finds records whatever the case of their names
+            records[name] = at
+        intact = zlib.crc32(content[records["data.pkl"]].data) == archive.getinfo(f"{root}data.pkl").CRC
+    except (zipfile.BadZipFile, struct.error, LookupError, OSError, OverflowError, ValueError, NotImplementedError):
+        return nothing
+    starts_as_zip = content[: len(MARK)].tobytes() == MARK
+    return (content, records) if intact and starts_as_zip and sum(map(len, records)) <= LARGEST_PROGRAM else nothing
 
 
 @lru_cache(maxsize=64)
@@ -138,6 +154,10 @@ def _places(program: bytes, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Pl
     """
     stand_in = io.BytesIO()
     try:
+        for operation, argument, _ in pickletools.genops(program):
+            called = operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") or operation.name.startswith("EXT")
+            if called and not PLAIN.fullmatch(str(argument)):
+                return None
         with zipfile.ZipFile(stand_in, "w") as archive:
             archive.writestr("alike/data.pkl", program)
             archive.writestr("alike/version", "3\n")
@@ -149,7 +169,7 @@ def _places(program: bytes, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Pl
         places = {}
         for name, tensor in unwrapped(saved).items():
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
-            record, size = sizes[int.from_bytes(storage[:8].tolist(), "little") - 1]
+            record, size = dict(enumerate(sizes, start=1))[int.from_bytes(storage[:8].tolist(), "little")]
             start = int(tensor.storage_offset()) * tensor.element_size()
             place = _Place(record, start, tensor.dtype, tensor.shape)
             inside = len(storage) == size and 0 < place.bytes <= size - start
@@ -215,12 +235,14 @@ def _size(path: Path, most: int) -> int:
 
 def _check_records(path: Path, size: int) -> None:
     """Refuse what torch.save never writes: records larger than the file (a bomb), room that is only asked for."""
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        zipped = file.read(len(MARK)) == MARK  # as torch tells the formats apart
+    if zipped:
         with zipfile.ZipFile(path) as archive:
             records = sum(record.file_size for record in archive.infolist())
             if records > size:
                 raise Unreadable(f"its records unpack to {records:,} bytes, more than the file's {size:,}")
-            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            names = [name for name in archive.namelist() if name.lower().endswith("data.pkl")]
             programs = [archive.read(name) for name in names]
     else:
         programs = [path.read_bytes()]  # the older format, a bare pickle
