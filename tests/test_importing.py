@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -806,6 +808,15 @@ def test_damaged_archives_and_tables(tmp_path: Path) -> None:
         import_zoo(str(source), tmp_path / "zoo", ANY)
     (source / "x.csv").unlink()
     assert len(import_zoo(str(source), tmp_path / "zoo", ANY)[0]) == 1
+
+
+def test_damaged_notes_of_pandas_are_told(tmp_path: Path) -> None:
+    """Found by fuzzing: pyarrow raises a KeyError."""
+    table = pyarrow.Table.from_pandas(pd.DataFrame({"file": ["net"]}))
+    notes = table.schema.metadata[b"pandas"].replace(b"numpy_type", b"numpy_tipe")
+    parquet.write_table(table.replace_schema_metadata({b"pandas": notes}), tmp_path / "t.parquet")
+    with pytest.raises(untrusted.Unreadable, match="what pandas noted in it is damaged"):
+        untrusted.read_table(tmp_path / "t.parquet")
 
 
 def test_bombs_in_tables_headers_and_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,10 @@ def read_parquet(path: Path) -> pd.DataFrame:
             raise TooLarge(f"{size:,} bytes of text in column {name!r}; over {LARGEST_TEXT:,} are not read")
         if name in text:
             table = table.set_column(i, name, table[name].cast(kinds[name]))
-    return table.to_pandas()
+    try:
+        return table.to_pandas()
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"what pandas noted in it is damaged ({type(error).__name__}: {error})") from None
 
 
 def _size(words: Any) -> int:
