@@ -450,3 +450,12 @@ def test_a_zoo_written_by_hand_is_a_zoo(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
     zoo = ModelZoo.open(tmp_path)
     np.testing.assert_array_equal(zoo.read(zoo.frame).flat().numpy(), flat)
+
+
+def test_a_description_that_lacks_something_is_not_relied_on(tiny_zoo: ModelZoo, tmp_path: Path) -> None:
+    """Found by fuzzing: what it says of the files was believed."""
+    described = json.loads((tiny_zoo.folder / "zoo.json").read_text())
+    del described["tasks"]
+    described["files"] = {name: {} for name in described["files"]}
+    (tmp_path / "zoo.json").write_text(json.dumps(described))
+    assert model_zoo.verify(tmp_path) == ["zoo.json lacks tasks"]

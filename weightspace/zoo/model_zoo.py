@@ -332,7 +332,7 @@ def verify(folder: str | Path) -> list[str]:
     description = read_json(folder / ZOO_FILE)
     problems = list(_problems_of_description(folder, description))
     readable = isinstance(description, dict) and isinstance(description.get("files"), dict)
-    if not readable or any(problem.startswith(f"{ZOO_FILE} has") for problem in problems):
+    if not readable or any(problem.startswith((f"{ZOO_FILE} has", f"{ZOO_FILE} lacks")) for problem in problems):
         return problems  # what it says of the files cannot be relied on
     for name, file in description["files"].items():
         path = folder / Path(name).name
