@@ -185,7 +185,7 @@ def test_a_broken_network_does_not_break_others(representation: HyperRepresentat
 
 @pytest.mark.parametrize(("per_token", "lots", "wanted"), [(9, 2, [2, 4]), (1, 2, [1, 1]), (1, 1, [2]), (2, 2, [1, 3])])
 def test_there_are_no_more_details_than_entries(per_token: int, lots: int, wanted: list[int]) -> None:
-    assert Details(torch.ones(2, 3), per_token, lots, 1, (1,)).lots == wanted
+    assert Details(torch.ones(2, 3), per_token, lots, 1, (1,)).counts == wanted
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])

@@ -200,3 +200,9 @@ def test_refined_embeddings_are_written(
     embed_stage(tmp_path / "z", tiny_zoo, representation, "test", config, 0, torch.device("cpu"))
     z = load_file(tmp_path / "z" / "embeddings.safetensors")["z"]
     assert torch.equal(z, refined(representation, tiny_zoo.select(split="test"), TASKS, config).z)
+
+
+def test_one_lot_is_unpacked_as_it_was(detailed: HyperRepresentation, held_out: Checkpoints) -> None:
+    embedded = detailed.embed(held_out)
+    again = detailed.unpacked(detailed.packed(embedded), embedded.frame, embedded.architecture)
+    torch.testing.assert_close(again.z, embedded.z, rtol=1e-4, atol=1e-5)

@@ -59,7 +59,7 @@ class Run:
     """Images -> zoo -> representations -> probes, reconstruction, generation, fine-tuning -> report.
 
     PRESET is digits (the default: 600 networks, minutes), digits-long (960 networks, under 45 minutes), smoke
-    (everything, tiny; its numbers mean nothing), street or patches (150 CNN3 on 32x32 images, under an hour) or, for a
+    (everything, tiny; its numbers mean nothing), street or patches (150 CNN3 on 32x32 images) or, for a
     GPU, the published sizes: paper (CNN3 on SVHN), paper-lenet5, paper-multitask (three tasks), paper-mnist (CNN).
     Running the same command again skips finished stages and continues an interrupted one. Every field below can be
     set as an option (--pretrain.steps 200) or as --set pretrain.steps=200; the defaults shown are the preset's.

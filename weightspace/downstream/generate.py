@@ -23,7 +23,7 @@ from weightspace.downstream import metrics
 from weightspace.downstream.baselines import ANCHORS, AVERAGES, NOISE, PCA, fit_pca
 from weightspace.downstream.samplers import WITH_BANDWIDTH, Fitness, joint_kde, sampler_named
 from weightspace.hyperrep.pretrain import training_checkpoints
-from weightspace.hyperrep.refine import ROWS_AT_ONCE, compares_behavior, descend, refined, refining_queries
+from weightspace.hyperrep.refine import compares_behavior, descend, refined, refining_queries, rows_at_once
 from weightspace.hyperrep.representation import Embeddings, HyperRepresentation
 from weightspace.networks import behavior
 from weightspace.networks.architectures import Architecture
@@ -165,7 +165,7 @@ def networks_for(
         draws = torch.rand(len(z), len(anchors), generator=generator("teachers"))
         chosen = draws.argsort(1)[:, :few].to(of_anchors.logits.device)  # [n, few] different anchors each
         found = []
-        some = min(ROWS_AT_ONCE, representation.at_once)
+        some = rows_at_once(representation)
         for start, own in zip(z.split(some), chosen.split(some), strict=True):
             goal = of_anchors.logits[own].mean(1) if task.real else of_anchors.probabilities[own].mean(1).log()
             with torch.no_grad():

@@ -54,7 +54,7 @@ class Details(nn.Module):
         tokens, size = mask.shape
         total = min(per_token * tokens, int(mask.sum()))
         ends = [max(round(share * total), 1) for share in accumulate(LOTS[lots if total > 1 else 1])]
-        self.lots = [end - start for start, end in pairwise([0, *ends])]
+        self.counts = [end - start for start, end in pairwise([0, *ends])]
         """how many values of a checkpoint each lot has"""
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("axes", torch.zeros(tokens, size, size))
@@ -156,7 +156,7 @@ class Span:
 
     @staticmethod
     def joined(spans: Sequence[Span]) -> Span:
-        """Those of several lots of checkpoints together."""
+        """Those of several parts of the checkpoints together."""
         groups = []
         for same in zip(*(span.groups for span in spans), strict=True):
             most = max(group.rows.shape[2] for group in same)
@@ -188,7 +188,7 @@ class Span:
 
     @property
     def lots(self) -> list[Tensor]:
-        """Which values belong to each lot: [n, T, R]."""
+        """Which values belong to each lot, the latest last: [n, T, R]."""
         return [self.lot == number for number in range(1, int(self.lot.max()) + 1)]
 
     def values(self, left: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def refined(
         task, index = tasks[str(name)], torch.as_tensor(rows.index.to_numpy(copy=True))
         own = training and training.rows((training.frame["task"] == name).to_numpy())
         inputs = refining_queries(task, config, seed, own)
-        for chunk in index.split(min(ROWS_AT_ONCE, representation.at_once)):
+        for chunk in index.split(rows_at_once(representation)):
             some = checkpoints.rows(chunk.numpy()).to(representation.device)
             tokens = representation.tokens(some.weights)
             goal = behavior.outputs(some, inputs).logits if compares else None
@@ -83,6 +83,11 @@ def refined(
                 advance(len(chunk))
     z = torch.stack([found[row] for row in range(len(checkpoints))])
     return Embeddings(z, checkpoints.frame, checkpoints.architecture)
+
+
+def rows_at_once(representation: HyperRepresentation) -> int:
+    """How many checkpoints are refined together."""
+    return min(ROWS_AT_ONCE, representation.at_once)
 
 
 def compares_behavior(representation: HyperRepresentation) -> bool:
@@ -145,7 +150,7 @@ def descend(
         return distance(found, goal[:, chosen]).mean(1) / scale
 
     decoding, z = start, start.z
-    for number in range(start.lots):
+    for number in range(start.rounds):
         with torch.no_grad():
             decoding = representation.decoding(z) if number else start
             values, free = decoding.values, decoding.free(number)
@@ -155,7 +160,7 @@ def descend(
                 reach = error.nan_to_num(FARTHEST**2).clamp(1, FARTHEST**2).sqrt()[:, None, None]
         moved = torch.zeros_like(values, requires_grad=True)
         optimizer = torch.optim.Adam([moved], config.learning_rate, DECAYS, ROUNDING)
-        steps = range(config.steps * number // start.lots, config.steps * (number + 1) // start.lots)
+        steps = range(config.steps * number // start.rounds, config.steps * (number + 1) // start.rounds)
         for done, step in enumerate(steps):
             for parameters in optimizer.param_groups:
                 parameters["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done / len(steps)))

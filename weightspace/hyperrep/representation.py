@@ -86,8 +86,8 @@ class Decoding:
         return self.z if self.span is None else self.span.values(self.z[..., -self.autoencoder.mask.shape[1] :])
 
     @property
-    def lots(self) -> int:
-        """In how many lots the values come; each says where the next one lies."""
+    def rounds(self) -> int:
+        """In how many lots the values come, of which each says where the next one lies."""
         return 1 if self.span is None else len(self.span.lots)
 
     def free(self, settled: int) -> Tensor:
@@ -238,10 +238,8 @@ class HyperRepresentation:
         z, details = self.autoencoder.encode(x), self.autoencoder.details
         if details is None:
             return Decoding(self.autoencoder, z)
-        sketch = self.autoencoder.decode(z)
-        left = details.along_axes(x - sketch)
-        span = self._span(sketch, left)
-        return Decoding(self.autoencoder, torch.cat([z, span.told(span.values(left))], 2), sketch, span)
+        left = details.along_axes(x - self.autoencoder.decode(z))
+        return self._detailed(z, lambda span: span.values(left))
 
     @torch.no_grad()
     def decoding(self, z: Tensor) -> Decoding:
@@ -249,24 +247,24 @@ class HyperRepresentation:
         if self.autoencoder.details is None:
             return Decoding(self.autoencoder, z)
         z, left = z.tensor_split([-self.tokenizer.token_size], 2)
-        sketch = self.autoencoder.decode(z)
-        span = self._span(sketch, left)
-        return Decoding(self.autoencoder, torch.cat([z, left], 2), sketch, span)
+        return self._detailed(z, lambda span: span.values(left))
 
-    def _span(self, sketch: Tensor, left: Tensor) -> Span:
-        """Where the details of sketches [n, T, D] lie.
+    def _detailed(self, z: Tensor, told: Callable[[Span], Tensor]) -> Decoding:
+        """Sketches and their details, of which every lot knows what the lots before it tell.
 
-        Every lot knows what the lots before tell of `left`: along the axes [n, T, D], all that sketches leave out or
-        no more of it than details tell.
+        Args:
+            z: the latent values of the sketches [n, T, Z - details].
+            told: the span so far -> the values [n, T, R] along it.
         """
-        details, span = self._details, None
-        for count in details.lots:
-            known = sketch if span is None else sketch + details.tokens(span.told(span.values(left)))
-            networks = Checkpoints(self.architecture, self.weights(known), pd.DataFrame(index=range(len(known))))
+        details, sketch, span = self._details, self.autoencoder.decode(z), None
+        left = sketch.new_zeros(*z.shape[:2], self.tokenizer.token_size)
+        for count in details.counts:
+            weights = self.weights(sketch + details.tokens(left))
+            networks = Checkpoints(self.architecture, weights, pd.DataFrame(index=range(len(z))))
             grown = partial(self._grown, details, networks, span, count)
-            span = Span.joined(on_every_core(grown, len(sketch), self._matrices, self.device))
-        assert span is not None
-        return span
+            span = Span.joined(on_every_core(grown, len(z), self._matrices, self.device))
+            left = span.told(told(span))
+        return Decoding(self.autoencoder, torch.cat([z, left], 2), sketch, span)
 
     @torch.no_grad()
     def _grown(self, details: Details, networks: Checkpoints, span: Span | None, count: int, part: slice) -> Span:
@@ -286,6 +284,7 @@ class HyperRepresentation:
         """Checkpoints that are decoded together, so that memory stays bounded."""
         return ROWS_AT_ONCE if self.autoencoder.details is None else min(ROWS_AT_ONCE, 8 * self._matrices)
 
+    @torch.no_grad()
     def packed(self, embeddings: Embeddings) -> dict[str, Tensor]:
         """The latent values of embeddings alone, all that decoding needs: {"z": [n, T, Z]}.
 
@@ -299,8 +298,16 @@ class HyperRepresentation:
         found = []
         for z in embeddings.z.split(self.at_once):
             sketch, left = z.to(self.device).tensor_split([-self.tokenizer.token_size], 2)
-            _, told, checksum = self._lot_by_lot(sketch, partial(_values_of, left))
-            found.append((sketch.cpu(), torch.cat(told, 1).cpu(), checksum.cpu()))
+            lots: list[Tensor] = []
+
+            def told(span: Span, left: Tensor = left, lots: list[Tensor] = lots) -> Tensor:
+                values = span.values(left)
+                lots.append(values[span.lots[-1]].unflatten(0, (len(left), -1)))
+                return values
+
+            span = self._detailed(sketch, told).span
+            assert span is not None
+            found.append((sketch.cpu(), torch.cat(lots, 1).cpu(), span.checksum().cpu()))
         return dict(zip(("sketch", "details", "directions"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
     def unpacked(self, values: Mapping[str, Tensor], frame: pd.DataFrame, architecture: Architecture) -> Embeddings:
@@ -319,42 +326,25 @@ class HyperRepresentation:
             raise UserError(f"these are not the latent values of this representation: {error}") from None
         return Embeddings(z, frame, architecture)
 
+    @torch.no_grad()
     def _unpacked(self, sketch: Tensor, details: Tensor, checksum: Tensor) -> Tensor:
         """The embeddings [n, T, W] of which `packed` gave these."""
-        lots = iter(details.to(self.device).split(self._details.lots, 1))
-        z, _, here = self._lot_by_lot(sketch.to(self.device), lambda span, lot: next(lots))
-        if not torch.allclose(here.cpu(), checksum, rtol=0, atol=SAME):
+        lots = details.to(self.device).split(self._details.counts, 1)
+
+        def told(span: Span) -> Tensor:
+            values = details.new_zeros(span.lot.shape, device=self.device)
+            for places, own in zip(span.lots, lots, strict=False):  # of the lots so far
+                values[places] = own.flatten()
+            return values
+
+        decoding = self._detailed(sketch.to(self.device), told)
+        assert decoding.span is not None
+        if not torch.allclose(decoding.span.checksum().cpu(), checksum, rtol=0, atol=SAME):
             raise UserError(
                 "the sketches choose other directions here than where they were packed (another representation, or a "
                 "machine whose arithmetic differs); embed the checkpoints again on this machine"
             )
-        return z.cpu()
-
-    def _lot_by_lot(
-        self, sketch: Tensor, told: Callable[[Span, Tensor], Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Embeddings [n, T, W] from the latent values of sketches, and one lot of details after another.
-
-        Args:
-            sketch: [n, T, Z - details].
-            told: (the span so far, which of its values are the next lot [n, T, R]) -> these values [n, ...].
-
-        Returns:
-            The embeddings, what was told, and the checksums of the directions.
-        """
-        decoding = self.decoding(torch.cat([sketch, sketch.new_zeros(*sketch.shape[:2], self.tokenizer.token_size)], 2))
-        every, span = [], decoding.span
-        for number in range(len(self._details.lots)):
-            decoding = self.decoding(decoding.z) if number else decoding
-            assert decoding.span is not None
-            span = decoding.span
-            every.append(told(span, span.lots[number]))
-            values = torch.zeros_like(decoding.values)
-            for lot, own in zip(span.lots, every, strict=False):
-                values[lot] = own.flatten()
-            decoding = dataclasses.replace(decoding, z=decoding.embeddings(values))
-        assert span is not None
-        return decoding.z, every, span.checksum()
+        return decoding.z.cpu()
 
     @property
     def _details(self) -> Details:
@@ -467,11 +457,6 @@ class HyperRepresentation:
     def loss_config(self) -> LossConfig:
         """The losses that it was trained with."""
         return from_dict(LossConfig, self.info["loss"])
-
-
-def _values_of(left: Tensor, span: Span, lot: Tensor) -> Tensor:
-    """The values of one lot of what is left out, given along the axes [n, T, D]: [n, ...]."""
-    return span.values(left)[lot].unflatten(0, (len(left), -1))
 
 
 def _read(path: Path, written: Mapping[str, Any]) -> dict[str, Tensor]:

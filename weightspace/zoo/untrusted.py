@@ -129,8 +129,10 @@ def _records(path: Path) -> tuple[np.ndarray[Any, Any], dict[str, slice]]:
             content = np.fromfile(file, np.uint8)
         root, records = entries[0].filename.split("/")[0] + "/", {}
         for entry in entries:
-            mark, *lengths = HEADER.unpack_from(content.data, max(entry.header_offset, 0))
-            start = max(entry.header_offset, 0) + HEADER.size + sum(lengths)
+            if entry.header_offset < 0:
+                return nothing
+            mark, *lengths = HEADER.unpack_from(content.data, entry.header_offset)
+            start = entry.header_offset + HEADER.size + sum(lengths)
             at, name = slice(start, start + entry.file_size), entry.filename.removeprefix(root)
             plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1 and mark == MARK
             if not plain or at.stop > len(content) or name != name.lower() or name in records:
@@ -166,10 +168,10 @@ def _places(program: bytes, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Pl
         stand_in.seek(0)
         saved = torch.load(stand_in, map_location="cpu", weights_only=True)
         _check_sizes(saved, stand_in.getbuffer().nbytes, set())
-        places = {}
+        places, numbered = {}, dict(enumerate(sizes, start=1))
         for name, tensor in unwrapped(saved).items():
             storage = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
-            record, size = dict(enumerate(sizes, start=1))[int.from_bytes(storage[:8].tolist(), "little")]
+            record, size = numbered[int.from_bytes(storage[:8].tolist(), "little")]
             start = int(tensor.storage_offset()) * tensor.element_size()
             place = _Place(record, start, tensor.dtype, tensor.shape)
             inside = len(storage) == size and 0 < place.bytes <= size - start
