@@ -582,7 +582,12 @@ def test_odd_files_of_torch_are_no_others(tmp_path: Path) -> None:
     key = b"\x01\x00\x00\x00"  # of a text of one letter
     flipped = whole.replace(key + b"0q", key + b"1q", 1)  # the pickle names another record, its checksum is the old one
     assert flipped != whole
-    for content in (flipped, b"front".ljust(64) + whole, whole[:-30], whole.replace(b"net/byteorder", b"net/ByteOrder")):
+    for content in (
+        flipped,
+        b"front".ljust(64) + whole,
+        whole[:-30],
+        whole.replace(b"net/byteorder", b"net/ByteOrder"),
+    ):
         path.write_bytes(content)
         assert untrusted._read_alike(path) is None
     path.write_bytes(pickle.dumps(bytearray(8)) + whole[-22:])  # an old file with the end of an archive behind it
